@@ -1,0 +1,119 @@
+"""Multi-scale deformable attention (Deformable DETR, Sec. 4.1) and the sine position embeddings of points and boxes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights):
+    """Multi-scale deformable attention in plain PyTorch: the fallback of the op and its reference.
+
+    Same arguments and result as `ms_deform_attn`.
+    """
+    B, _, M, D = value.shape
+    _, Q, _, L, P, _ = sampling_locations.shape
+    grids = (2 * sampling_locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
+    weights = attention_weights.permute(0, 2, 3, 1, 4).reshape(B * M, L, 1, Q, P)
+    out = value.new_zeros(B * M, D, Q)
+    for level, (tokens, (height, width)) in enumerate(
+        zip(value.split([h * w for h, w in level_shapes], dim=1), level_shapes, strict=True)
+    ):
+        maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
+        sampled = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, Q, P)
+        out = out + (sampled * weights[:, level]).sum(-1)
+    return out.view(B, M * D, Q).transpose(1, 2)
+
+
+def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
+    """Weighted sum of bilinear samples of the value maps (Deformable DETR, Eq. 3, without the projections).
+
+    value               (B, S, M, D): S tokens of all levels, row-major one level after the other, M heads of D channels
+    level_shapes        [(H, W), ...] of the L levels, host integers, sum of H*W = S
+    sampling_locations  (B, Q, M, L, P, 2): (x, y) relative to the map, [0, 1] inside; outside counts as zero
+    attention_weights   (B, Q, M, L, P)
+
+    Returns (B, Q, M*D) in the dtype of `value`.
+    """
+    return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its projections.
+
+    dim, num_heads, num_levels, num_points: channels C, heads M, feature levels L, sampling points P per head and level.
+    """
+
+    def __init__(self, dim, num_heads, num_levels, num_points):
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, samples * 2)
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Head m looks in the m-th compass direction, point p at p + 1 cells; all samples weigh the same."""
+        for linear in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # (M, 2)
+        points = torch.arange(1, self.num_points + 1)
+        offsets = directions[:, None, None] * points[:, None]  # (M, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+
+    def forward(self, query, reference, tokens, level_shapes):
+        """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
+        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]. Returns (B, Q, C).
+
+        Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
+        """
+        B, Q, _ = query.shape
+        shape = (B, Q, self.num_heads, self.num_levels, self.num_points)
+        value = self.value_proj(tokens).view(B, tokens.shape[1], self.num_heads, -1)
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+        reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
+        if reference.shape[-1] == 2:
+            sizes = offsets.new_tensor([(w, h) for h, w in level_shapes])  # (L, 2)
+            locations = reference + offsets / sizes[:, None]
+        else:
+            locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
+        return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
+
+
+def sine_embedding(values, dim, temperature=10000):
+    """`dim` channels for every value: sin (even channels) and cos (odd) of value * 2 pi at dim / 2 frequencies.
+
+    values of any shape (...), in [0, 1]. Returns (..., dim) in their dtype.
+    """
+    frequencies = temperature ** (torch.arange(0, dim, 2, device=values.device, dtype=values.dtype) / dim)
+    angles = values[..., None] * (2 * math.pi) / frequencies  # (..., dim / 2)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def sine_position(height, width, dim, like):
+    """2-D sine position of every cell of a map, row-major: half the channels for y, half for x.
+
+    Cells count from 1 and the last one is 1. Returns (height * width, dim), dtype and device as the tensor `like`.
+    """
+    y, x = (torch.arange(1, n + 1, device=like.device, dtype=like.dtype) / (n + 1e-6) for n in (height, width))
+    y, x = sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)
+    return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1).flatten(0, 1)
+
+
+def sine_box(boxes, dim):
+    """Sine embedding of boxes: dim / 2 channels each for cy, cx, w, h, in this order.
+
+    boxes (..., 4) cxcywh in [0, 1]. Returns (..., 2 * dim).
+    """
+    return sine_embedding(boxes[..., [1, 0, 2, 3]], dim // 2).flatten(-2)
