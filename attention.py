@@ -117,3 +117,46 @@ def sine_box(boxes, dim):
     boxes (..., 4) cxcywh in [0, 1]. Returns (..., 2 * dim).
     """
     return sine_embedding(boxes[..., [1, 0, 2, 3]], dim // 2).flatten(-2)
+
+
+def inverse_sigmoid(x, eps=1e-5):
+    """Logit of x, any shape; x and 1 - x are kept at `eps` or above, so the logits lie within about +-11.5."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class MLP(nn.Module):
+    """`num_layers` linear layers with ReLU between them: (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, num_layers):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class FeedForward(nn.Module):
+    """The second half of every post-norm transformer layer here: LayerNorm(x + W2 ReLU(W1 x)), (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(x + self.linear2(self.linear1(x).relu()))
+
+
+def xavier_matrices_(module):
+    """Xavier-uniform values for every matrix below `module`, as the transformer layers start; the rest stays as it is."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, MSDeformAttn):
+            child.reset_parameters()

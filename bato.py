@@ -1,0 +1,44 @@
+"""Balance-Aware Tokens Optimization (Sec. 3.2.3): guiding tokens from Q_bal refine the feature tokens and pixel features."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import FeedForward, sine_position, xavier_matrices_
+from di import gather_tokens, select
+from encoder import tokens_to_map
+
+
+class BATO(nn.Module):
+    """T_g from the best queries (Eq. 5-7), T_bal = MHCA(T_i, T_g) (Eq. 8), and the pixel features that follow T_bal."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.num_guiding = config.num_guiding
+        self.cross_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
+        self.norm = nn.LayerNorm(C)
+        self.ffn = FeedForward(C, config.feedforward_dim)
+        self.pixel_output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), nn.GroupNorm(32, C), nn.ReLU())
+        xavier_matrices_(self.cross_attn)
+        xavier_matrices_(self.ffn)
+        nn.init.kaiming_uniform_(self.pixel_output[0].weight, a=1)
+
+    def forward(self, q_bal, boxes, t_i, level_shapes, pixel_features, heads, decoder):
+        """q_bal (B, Q, C) and its refined boxes (B, Q, 4); t_i (B, S, C); pixel_features F (B, C, H/4, W/4).
+
+        heads, decoder: the model's own; their mask head and position MLP are the networks of Eq. 5 and 6.
+        Returns T_bal (B, S, C), the refined pixel features F', and the guiding queries' indices (B, min(50, Q)).
+        """
+        best, guiding = select(q_bal, heads.class_head(q_bal), self.num_guiding)
+        t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
+        t_g_box = decoder.query_pos(gather_tokens(boxes.detach(), guiding))  # Eq. 6
+        t_g = t_g_mask + t_g_box  # Eq. 7
+
+        position = torch.cat([sine_position(*shape, t_i.shape[-1], t_i) for shape in level_shapes])
+        attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
+        t_bal = self.ffn(self.norm(t_i + attended))  # Eq. 8
+
+        finest = tokens_to_map(t_bal, level_shapes, -1)  # C3's part
+        finest = F.interpolate(finest, size=pixel_features.shape[-2:], mode="bilinear", align_corners=False)
+        return t_bal, self.pixel_output(pixel_features + finest), guiding

@@ -1,0 +1,82 @@
+"""Transformer decoder and prediction heads (Sec. 3.2.4). Its first layer is the residual fusion of Eq. 4."""
+
+import torch
+from torch import nn
+
+from attention import MLP, FeedForward, MSDeformAttn, inverse_sigmoid, sine_box, xavier_matrices_
+
+
+class PredictionHeads(nn.Module):
+    """Class, box and mask heads (Eq. 10, 11), one set for every layer and for both selections."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.norm = nn.LayerNorm(C)
+        self.class_head = nn.Linear(C, config.num_classes)
+        self.box_head = MLP(C, C, 4, 3)
+        self.mask_head = MLP(C, C, C, 3)
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    def masks(self, x, pixel_features):
+        """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
+        return torch.einsum("bqc,bchw->bqhw", self.mask_head(self.norm(x)), pixel_features)
+
+    def forward(self, x, boxes, pixel_features):
+        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes (B, Q, 4), pred_masks (B, Q, H/4, W/4)}."""
+        return {
+            "pred_logits": self.class_head(self.norm(x)),
+            "pred_boxes": boxes,
+            "pred_masks": self.masks(x, pixel_features),
+        }
+
+    def refine(self, x, boxes):
+        """Reference boxes (B, Q, 4) of the next layer, from a layer's output x (B, Q, C) and its own reference boxes."""
+        return (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
+
+    def predict_layer(self, x, boxes, pixel_features):
+        """Predictions of a decoder layer: x its output, boxes those that the layer before it gave, with their gradient
+        ("look forward twice", DINO). The queries pass the norm once for the box and twice for class and mask, as released.
+        """
+        x = self.norm(x)
+        return self(x, self.refine(x, boxes), pixel_features)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention between queries, deformable cross-attention to the tokens, feed-forward network; post-norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.self_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
+        self.self_norm = nn.LayerNorm(C)
+        self.cross_attn = MSDeformAttn(C, config.num_heads, config.num_levels, config.num_points)
+        self.cross_norm = nn.LayerNorm(C)
+        self.ffn = FeedForward(C, config.feedforward_dim)
+
+    def forward(self, x, query_pos, boxes, tokens, level_shapes, attn_mask):
+        """x, query_pos (B, Q, C), boxes (B, Q, 4), tokens (B, S, C), attn_mask (Q, Q) bool, True where hidden, or None."""
+        q = k = x + query_pos
+        x = self.self_norm(x + self.self_attn(q, k, x, attn_mask=attn_mask, need_weights=False)[0])
+        x = self.cross_norm(x + self.cross_attn(x + query_pos, boxes, tokens, level_shapes))
+        return self.ffn(x)
+
+
+class Decoder(nn.Module):
+    """The decoder layers and the position MLP that they share."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.position_mlp = MLP(2 * C, C, C, 2)
+        xavier_matrices_(self)
+
+    def query_pos(self, boxes):
+        """Position tokens (B, Q, C) of boxes (B, Q, 4)."""
+        return self.position_mlp(sine_box(boxes, self.position_mlp.layers[-1].out_features))
+
+    def forward(self, layer, x, boxes, tokens, level_shapes, attn_mask):
+        """One layer by its number, from 0: queries x (B, Q, C) with reference boxes (B, Q, 4) -> queries (B, Q, C)."""
+        return self.layers[layer](x, self.query_pos(boxes), boxes, tokens, level_shapes, attn_mask)

@@ -1,0 +1,121 @@
+"""De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores first, and the interaction between selected tokens.
+
+The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is that layer's
+cross-attention from the selected tokens T_s2 to the initial tokens T_i.
+"""
+
+import torch
+from torch import nn
+
+from attention import MLP, FeedForward, inverse_sigmoid, sine_box, xavier_matrices_
+from encoder import cell_centres
+
+
+def gather_tokens(x, indices):
+    """x (B, S, C), indices (B, k) int64 -> (B, k, C)."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def select(tokens, class_logits, k):
+    """S(T, k) of Eq. 1 and 3: the k tokens with the highest class score, best first; of equal ones, the earlier first.
+
+    tokens (B, S, C), class_logits (B, S, number of classes). k larger than S selects all S.
+    Returns the selected tokens (B, min(k, S), C) and their indices, int64 (B, min(k, S)).
+    """
+    scores = class_logits.amax(-1)
+    indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return gather_tokens(tokens, indices), indices
+
+
+def candidate_boxes(level_shapes, like):
+    """One candidate box per token, as logits of cxcywh (S, 4), +inf where invalid, and which are valid (S, 1) bool.
+
+    A box lies on the centre of its cell; its side is 0.05 * 2^l with l = 0 at the coarsest level: the coarse levels get
+    the small boxes, as in the released model. Valid: all four numbers within (0.01, 0.99).
+    """
+    centres = cell_centres(level_shapes, like)
+    sides = torch.cat([centres.new_full((h * w, 2), 0.05 * 2**level) for level, (h, w) in enumerate(level_shapes)])
+    boxes = torch.cat([centres, sides], -1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    return torch.logit(boxes).masked_fill(~valid, torch.inf), valid
+
+
+class CandidateTokens(nn.Module):
+    """The tokens that the first selection scores: LayerNorm(Linear(T_i)), zero at the input where the box is invalid."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t_i, level_shapes):
+        """t_i (B, S, C), levels coarse to fine. Returns tokens (B, S, C) and candidate box logits (S, 4)."""
+        proposals, valid = candidate_boxes(level_shapes, t_i)
+        return self.norm(self.linear(t_i * valid)), proposals
+
+
+def boxes_from_masks(mask_logits):
+    """Boxes around the pixels with a positive logit, from the first to the last pixel index; no gradient.
+
+    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H; an empty mask gives (1, 1, 0, 0).
+    """
+    masks = mask_logits.detach() > 0
+    H, W = masks.shape[-2:]
+    extremes = []
+    for line, size in ((masks.any(-2), W), (masks.any(-1), H)):  # (B, Q, W) columns, (B, Q, H) rows
+        index = torch.arange(size, device=masks.device)
+        first = torch.where(line, index, size).amin(-1)
+        last = torch.where(line, index, 0).amax(-1)
+        last = torch.where(first < size, last, size)
+        extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(mask_logits.dtype) / (2 * size))
+    return torch.stack(extremes, -2).flatten(-2)[..., [0, 2, 1, 3]]  # (cx, w, cy, h) -> (cx, cy, w, h)
+
+
+class InteractionLayer(nn.Module):
+    """Self-attention between the selected tokens, then the feed-forward network; post-norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, batch_first=True)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.ffn = FeedForward(config.hidden_dim, config.feedforward_dim)
+
+    def forward(self, x, query_pos):
+        """x, query_pos (B, k1, C). Returns (B, k1, C)."""
+        q = k = x + query_pos
+        return self.ffn(self.norm(x + self.self_attn(q, k, x, need_weights=False)[0]))
+
+
+class TokenInteraction(nn.Module):
+    """T_s1^sa = MHSA(T_s1), Eq. 2: tokens that stand for the same object see each other and refine their boxes."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.layers = nn.ModuleList(InteractionLayer(config) for _ in range(config.interaction_layers))
+        self.query_pos = MLP(2 * C, C, C, 2)
+        self.box_head = MLP(C, C, 4, 3)  # shared by the layers
+        self.norm = nn.LayerNorm(C)
+        xavier_matrices_(self.layers)
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    def forward(self, t_s1, boxes):
+        """t_s1 (B, k1, C), boxes (B, k1, 4) cxcywh. Returns per layer the tokens and the refined boxes, of these shapes."""
+        states, x = [], t_s1
+        for layer in self.layers:
+            boxes = boxes.detach()
+            x = layer(x, self.query_pos(sine_box(boxes, x.shape[-1])))
+            boxes = (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
+            states.append((x, boxes))
+        return states
+
+    def predict(self, x, boxes, heads):
+        """Auxiliary predictions on one layer's tokens and boxes, for its loss; the box head is applied once more."""
+        x = self.norm(x)
+        return {
+            "pred_logits": heads.class_head(heads.norm(x)),
+            "pred_boxes": (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid(),
+        }

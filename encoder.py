@@ -1,0 +1,85 @@
+"""Feature tokens extractor (Sec. 3.2.1): the deformable encoder that gives T_i, and the pixel features F for the masks."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import FeedForward, MSDeformAttn, sine_position, xavier_matrices_
+
+
+def tokens_to_map(tokens, level_shapes, level):
+    """The tokens (B, S, C) of one level as a map (B, C, H, W)."""
+    tokens = tokens.split([h * w for h, w in level_shapes], dim=1)[level]
+    return tokens.transpose(1, 2).unflatten(2, level_shapes[level])
+
+
+def cell_centres(level_shapes, like):
+    """Centres (x, y) in [0, 1] of all cells of all levels, (S, 2), dtype and device as the tensor `like`."""
+    centres = []
+    for height, width in level_shapes:
+        y, x = (torch.arange(n, device=like.device, dtype=like.dtype).add(0.5) / n for n in (height, width))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        centres.append(torch.stack([x, y], -1).flatten(0, 1))
+    return torch.cat(centres)
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then the feed-forward network; post-norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_dim
+        self.self_attn = MSDeformAttn(C, config.num_heads, config.num_levels, config.num_points)
+        self.norm = nn.LayerNorm(C)
+        self.ffn = FeedForward(C, config.encoder_feedforward_dim)
+
+    def forward(self, tokens, position, centres, level_shapes):
+        """tokens (B, S, C), position (S, C), centres (S, 2). Returns tokens (B, S, C)."""
+        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes)
+        return self.ffn(self.norm(tokens + attended))
+
+
+class Encoder(nn.Module):
+    """Multi-scale deformable encoder on C3...C6 and the stride-4 pixel features."""
+
+    def __init__(self, config, channels):
+        super().__init__()
+        C = config.hidden_dim
+        norm = lambda: nn.GroupNorm(32, C)  # noqa: E731
+        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in channels[1:])
+        self.input_proj.append(nn.Sequential(nn.Conv2d(channels[-1], C, 3, stride=2, padding=1), norm()))  # C6
+        self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # C3...C6
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), norm())
+        self.output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), norm(), nn.ReLU())
+        self.pixel_proj = nn.Conv2d(C, C, 1)
+        xavier_matrices_(self.layers)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for conv in (self.lateral[0], self.output[0], self.pixel_proj):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.pixel_proj.bias)
+
+    def forward(self, features):
+        """features: [C2, C3, C4, C5].
+
+        Returns T_i (B, S, C), the levels from coarse (C6) to fine (C3), each row-major; the level shapes [(H, W), ...]
+        in this order; the pixel features F (B, C, H/4, W/4).
+        """
+        c2, *maps = features
+        maps = [project(m) for project, m in zip(self.input_proj, maps + [maps[-1]], strict=True)]  # C3...C6
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
+        position = torch.cat(
+            [sine_position(*s, tokens.shape[-1], tokens) + e for s, e in zip(shapes, self.level_embed, strict=True)]
+        )
+        centres = cell_centres(shapes, tokens)
+        for layer in self.layers:
+            tokens = layer(tokens, position, centres, shapes)
+
+        c3 = F.interpolate(tokens_to_map(tokens, shapes, 0), size=c2.shape[-2:], mode="bilinear", align_corners=False)
+        pixel_features = self.pixel_proj(self.output(self.lateral(c2) + c3))
+
+        t_i = torch.cat(tokens.split([h * w for h, w in shapes], dim=1)[::-1], 1)  # coarse to fine from here on
+        return t_i, shapes[::-1], pixel_features

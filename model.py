@@ -1,0 +1,227 @@
+"""DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: configuration, presets, the model, and its detections."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import box_convert
+
+from attention import inverse_sigmoid
+from backbone import ResNet
+from bato import BATO
+from decoder import Decoder, PredictionHeads
+from denoising import denoising_queries
+from di import CandidateTokens, TokenInteraction, boxes_from_masks, gather_tokens, select
+from encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50."""
+
+    num_classes: int = 80
+    backbone: str = "resnet50"  # a ResNet of torchvision.models
+    frozen_batch_norm: bool = True  # False: GroupNorm, to train from scratch
+    hidden_dim: int = 256  # C, channels of tokens and queries
+    num_heads: int = 8
+    num_levels: int = 4  # C3...C6
+    num_points: int = 4  # sampling points per head and level
+    encoder_layers: int = 6
+    encoder_feedforward_dim: int = 2048
+    di: bool = True  # De-Imbalance: token interaction and second selection (Eq. 2, 3)
+    k1: int = 600  # tokens of the first selection (Eq. 1), with DI
+    k2: int = 300  # tokens of the last selection (Eq. 3) = queries of the decoder
+    interaction_layers: int = 2
+    bato: bool = True  # Balance-Aware Tokens Optimization (Eq. 5-8)
+    num_guiding: int = 50  # queries that guide
+    decoder_layers: int = 6
+    feedforward_dim: int = 2048  # of interaction, decoder and BATO
+    denoising_queries: int = 100
+    noise_scale: float = 0.4  # of denoising labels and boxes
+    loss_points: int = 12544  # sampled per mask, in the matching and in the losses
+    class_weight: float = 4.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+
+
+PRESETS = {
+    "dimaskdino_r50": Config(),
+    "maskdino_r50": Config(di=False, bato=False, decoder_layers=9),
+    # Trains from scratch on a laptop's CPU.
+    "tiny": Config(
+        num_classes=10,
+        backbone="resnet18",
+        frozen_batch_norm=False,
+        hidden_dim=128,
+        encoder_layers=2,
+        encoder_feedforward_dim=256,
+        k1=100,
+        k2=50,
+        num_guiding=20,
+        decoder_layers=3,
+        feedforward_dim=256,
+        denoising_queries=50,
+        loss_points=1024,
+    ),
+}
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+def build_model(preset="dimaskdino_r50", **overrides):
+    """A randomly initialised model of a preset; overrides are fields of `Config`, e.g. num_classes=8.
+
+    Raises ValueError for an unknown preset, TypeError for an unknown field.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    return DIMaskDINO(replace(PRESETS[preset], **overrides))
+
+
+class DIMaskDINO(nn.Module):
+    """The whole model; with `di` and `bato` off in its config it is Mask DINO."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = ResNet(config.backbone, config.frozen_batch_norm)
+        self.encoder = Encoder(config, self.backbone.channels)
+        self.candidates = CandidateTokens(config)
+        self.heads = PredictionHeads(config)
+        self.interaction = TokenInteraction(config) if config.di else None
+        self.bato = BATO(config) if config.bato else None
+        self.decoder = Decoder(config)
+        self.label_embedding = nn.Embedding(config.num_classes, config.hidden_dim)
+
+    def batch(self, images):
+        """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
+        like = self.label_embedding.weight  # for its dtype and device
+        mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        images = [(image.to(like) - mean) / std for image in images]
+        H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
+        return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
+
+    def forward(self, images, targets=None, all_layers=False):
+        """Fig. 2, from images to predictions.
+
+        images      list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)
+        targets     in training, for the denoising queries: per image {"labels": (n,) int64, "boxes": (n, 4) normalised
+                    cxcywh relative to the padded batch}
+        all_layers  in evaluation mode, compute the predictions of every layer as in training
+
+        Returns pred_logits (B, Q, classes), pred_boxes (B, Q, 4) normalised cxcywh relative to the padded batch,
+        pred_masks (B, Q, H/4, W/4) logits, all of the last layer; selection: {first, second, guiding} int64 (B, k).
+        In training or with `all_layers` also aux_outputs: the same predictions on the decoder's input and after each
+        layer but the last; interm_outputs: those of the first selection; di_outputs: class and box after each
+        interaction layer; and with targets dn_outputs: the predictions on the denoising queries, with aux_outputs.
+        """
+        heads, decoder = self.heads, self.decoder
+        every = self.training or all_layers
+        outputs, selection = {}, {}
+
+        # Feature tokens extractor (Sec. 3.2.1)
+        t_i, level_shapes, pixel_features = self.encoder(self.backbone(self.batch(images)))
+
+        # De-Imbalance (Sec. 3.2.2)
+        candidates, proposals = self.candidates(t_i, level_shapes)
+        k1 = self.config.k1 if self.config.di else self.config.k2
+        t_s1, selection["first"] = select(candidates, heads.class_head(candidates), k1)  # Eq. 1
+        boxes = boxes_from_masks(heads.masks(t_s1, pixel_features))
+        if every:
+            selected = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
+            outputs["interm_outputs"] = heads(t_s1, selected, pixel_features)
+        queries = t_s1.detach()
+        boxes = inverse_sigmoid(boxes).sigmoid()
+        if self.interaction:
+            states = self.interaction(queries, boxes)  # Eq. 2
+            if every:
+                outputs["di_outputs"] = [self.interaction.predict(x, b, heads) for x, b in states]
+            t_s1_sa, boxes = states[-1]
+            scores = heads.class_head(self.interaction.norm(t_s1_sa))
+            queries, selection["second"] = select(t_s1_sa, scores, self.config.k2)  # Eq. 3: T_s2
+            boxes = inverse_sigmoid(gather_tokens(boxes, selection["second"])).sigmoid()
+
+        # Denoising queries come first
+        num_dn, attn_mask = 0, None
+        if self.training:
+            queries = queries + 0 * self.label_embedding.weight.sum()  # every parameter gets a gradient in every batch
+        if self.training and targets is not None:
+            settings = self.config.denoising_queries, self.config.noise_scale
+            denoising = denoising_queries(targets, self.label_embedding, queries.shape[1], *settings)
+            if denoising:
+                content, noisy_boxes, attn_mask, num_groups = denoising
+                num_dn = content.shape[1]
+                queries, boxes = torch.cat([content, queries], 1), torch.cat([noisy_boxes, boxes], 1)
+        layers = [heads(queries, boxes, pixel_features)] if every else []
+
+        # Residual fusion: the first decoder layer
+        previous = boxes
+        queries = decoder(0, queries, boxes, t_i, level_shapes, attn_mask)
+        boxes = heads.refine(queries, boxes)
+        q_bal = queries[:, num_dn:]  # Eq. 4
+        if every or self.config.decoder_layers == 1:
+            layers.append(heads.predict_layer(queries, previous, pixel_features))
+
+        # Balance-Aware Tokens Optimization (Sec. 3.2.3)
+        t_bal = t_i
+        if self.bato:
+            args = q_bal, boxes[:, num_dn:], t_i, level_shapes, pixel_features, heads, decoder
+            t_bal, pixel_features, selection["guiding"] = self.bato(*args)  # Eq. 5-8
+
+        # Decoder (Sec. 3.2.4): Q_ref, Eq. 9, and its predictions, Eq. 10, 11
+        for layer in range(1, self.config.decoder_layers):
+            previous = boxes
+            reference = boxes.detach()
+            queries = decoder(layer, queries, reference, t_bal, level_shapes, attn_mask)
+            boxes = heads.refine(queries, reference)
+            if every or layer == self.config.decoder_layers - 1:
+                layers.append(heads.predict_layer(queries, previous, pixel_features))
+
+        denoised = [{name: value[:, :num_dn] for name, value in layer.items()} for layer in layers]
+        matching = [{name: value[:, num_dn:] for name, value in layer.items()} for layer in layers]
+        outputs |= matching[-1] | {"selection": selection}
+        if every:
+            outputs["aux_outputs"] = matching[:-1]
+        if num_dn:
+            outputs["dn_outputs"] = denoised[-1] | {"aux_outputs": denoised[:-1], "num_groups": num_groups}
+        return outputs
+
+
+def postprocess(outputs, image_sizes, output_sizes, topk=100):
+    """Detections of the last layer, at most `topk` per image, best first.
+
+    image_sizes   (H, W) of every image before padding, as the model saw it
+    output_sizes  (H, W) that boxes and masks are wanted in
+
+    Returns per image {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in output pixels, not clipped, masks (k, H, W)
+    bool}. A score is the class score times the mean mask probability inside the mask.
+    """
+    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q * classes)
+    scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
+    num_classes = outputs["pred_logits"].shape[-1]
+    padded_height, padded_width = (4 * n for n in outputs["pred_masks"].shape[-2:])
+    detections = []
+    for b, ((height, width), (out_height, out_width)) in enumerate(zip(image_sizes, output_sizes, strict=True)):
+        query, labels = picked[b] // num_classes, picked[b] % num_classes
+        boxes = box_convert(outputs["pred_boxes"][b, query], "cxcywh", "xyxy")
+        scale = (padded_width * out_width / width, padded_height * out_height / height)
+        masks = outputs["pred_masks"][b, query][:, None]  # (k, 1, H/4, W/4)
+        masks = F.interpolate(masks, (padded_height, padded_width), mode="bilinear", align_corners=False)
+        masks = masks[..., :height, :width]
+        masks = F.interpolate(masks, (out_height, out_width), mode="bilinear", align_corners=False)[:, 0]
+        inside = masks > 0
+        quality = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        final, order = (scores[b] * quality).sort(descending=True, stable=True)
+        detections.append(
+            {
+                "scores": final,
+                "labels": labels[order],
+                "boxes": (boxes * boxes.new_tensor(scale * 2))[order],
+                "masks": inside[order],
+            }
+        )
+    return detections
