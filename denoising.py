@@ -3,6 +3,8 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from attention import inverse_sigmoid
+
 
 def denoising_queries(targets, label_embedding, num_matching, num_queries=100, noise_scale=0.4):
     """Noisy copies of every image's instances, in groups that each hold all of them.
@@ -16,7 +18,8 @@ def denoising_queries(targets, label_embedding, num_matching, num_queries=100, n
 
     Returns (content (B, D, C), boxes (B, D, 4), attn_mask (D + num_matching, D + num_matching) bool, True where hidden,
     number of groups), or None where there is nothing to restore. Query g * n_max + i is the i-th instance in group g;
-    images with fewer instances are padded with zeros.
+    images with fewer instances are padded with content 0
+    and, as the zeros are logits, box 0.5.
     """
     n_max = max(len(t["labels"]) for t in targets)
     groups = num_queries // n_max if n_max else 0
@@ -33,7 +36,7 @@ def denoising_queries(targets, label_embedding, num_matching, num_queries=100, n
     boxes = (boxes + (2 * torch.rand_like(boxes) - 1) * reach * noise_scale).clamp(0, 1)
 
     content = label_embedding(labels) * real
-    boxes = boxes.to(content.dtype) * real
+    boxes = (inverse_sigmoid(boxes.to(content.dtype)) * real).sigmoid()
 
     group = torch.arange(groups, device=labels.device).repeat_interleave(n_max)
     group = torch.cat([group, group.new_full((num_matching,), -1)])  # matching queries are group -1

@@ -1,0 +1,88 @@
+"""Hungarian matcher: pairs every target instance with one query, at the least total cost (DETR, Sec. 3.1)."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torchvision.ops import box_convert
+
+
+def sample_points(maps, points):
+    """Bilinear samples of maps (N, H, W) at points (N, P, 2), (x, y) in [0, 1] -> (N, P); outside counts as zero."""
+    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+
+
+def pairwise_giou(a, b):
+    """Generalised IoU of all pairs of cxcywh boxes (..., N, 4) and (..., M, 4) -> (..., N, M).
+
+    1e-6 is added to the union and to the enclosing area where they divide.
+    """
+    a, b = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (a, b))
+    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    intersection = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area_a[..., :, None] + area_b[..., None, :] - intersection
+    enclosing = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return intersection / (union + 1e-6) - (enclosing - union) / (enclosing + 1e-6)
+
+
+def class_cost(logits, labels, alpha=0.25, gamma=2):
+    """Focal cost of giving each query (Q, classes) each label (n,) -> (Q, n)."""
+    p = logits.sigmoid()[:, labels]
+    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return positive - negative
+
+
+def mask_costs(logits, masks):
+    """Binary cross-entropy, averaged over the points, and dice cost of all pairs.
+
+    logits (Q, P) and target masks (n, P) in [0, 1], sampled at the same points. Returns two (Q, n).
+    """
+    bce = (F.softplus(-logits) @ masks.T + F.softplus(logits) @ (1 - masks).T) / logits.shape[1]
+    p = logits.sigmoid()
+    dice = 1 - (2 * p @ masks.T + 1) / (p.sum(1)[:, None] + masks.sum(1)[None] + 1)
+    return bce, dice
+
+
+class HungarianMatcher(nn.Module):
+    """Finds for every target the query that predicts it best; weights of the cost terms and number of points from the config."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.cost_class, self.cost_box, self.cost_giou = config.class_weight, config.box_weight, config.giou_weight
+        self.cost_mask, self.cost_dice = config.mask_weight, config.dice_weight
+        self.num_points = config.loss_points
+
+    def cost(self, logits, boxes, masks, target):
+        """Cost matrix (Q, n) of one image: logits (Q, classes), boxes (Q, 4), masks (Q, h, w) or None, target as in `forward`."""
+        cost = self.cost_class * class_cost(logits, target["labels"])
+        cost = cost + self.cost_box * torch.cdist(boxes, target["boxes"].to(boxes), p=1)
+        cost = cost - self.cost_giou * pairwise_giou(boxes, target["boxes"].to(boxes))
+        if masks is not None and len(target["labels"]):
+            points = torch.rand(1, self.num_points, 2, dtype=masks.dtype, device=masks.device)
+            predicted = sample_points(masks, points.expand(len(masks), -1, -1))
+            wanted = sample_points(target["masks"].to(masks), points.expand(len(target["masks"]), -1, -1))
+            bce, dice = mask_costs(predicted, wanted)
+            cost = cost + self.cost_mask * bce + self.cost_dice * dice
+        return cost
+
+    @torch.no_grad()
+    def forward(self, outputs, targets):
+        """outputs: pred_logits (B, Q, classes), pred_boxes (B, Q, 4) cxcywh, and pred_masks (B, Q, h, w) logits, which
+        may be absent. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh, masks (n, H, W) bool.
+
+        Returns per image (queries, targets), two int64 tensors (min(Q, n),) on the CPU, sorted by query. The costs of
+        all images go to the host in one transfer.
+        """
+        masks = outputs.get("pred_masks", [None] * len(targets))
+        costs = [
+            self.cost(logits, boxes, mask, target)
+            for logits, boxes, mask, target in zip(
+                outputs["pred_logits"], outputs["pred_boxes"], masks, targets, strict=True
+            )
+        ]
+        counts = [cost.shape[1] for cost in costs]
+        costs = np.split(torch.cat(costs, 1).cpu().numpy(), np.cumsum(counts)[:-1], axis=1)
+        return [tuple(torch.from_numpy(i) for i in linear_sum_assignment(cost)) for cost in costs]
