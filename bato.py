@@ -1,4 +1,4 @@
-"""Balance-Aware Tokens Optimization (Sec. 3.2.3): guiding tokens from Q_bal refine the feature tokens and pixel features."""
+"""Balance-Aware Tokens Optimization (Sec. 3.2.3): guiding tokens refine the feature tokens and pixel features."""
 
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,7 @@
 """Transformer decoder and prediction heads (Sec. 3.2.4). Its first layer is the residual fusion of Eq. 4."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -18,13 +20,15 @@ class PredictionHeads(nn.Module):
         self.mask_head = MLP(C, C, C, 3)
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
+        if config.class_prior is not None:
+            nn.init.constant_(self.class_head.bias, math.log(config.class_prior / (1 - config.class_prior)))
 
     def masks(self, x, pixel_features):
         """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
         return torch.einsum("bqc,bchw->bqhw", self.mask_head(self.norm(x)), pixel_features)
 
     def forward(self, x, boxes, pixel_features):
-        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes (B, Q, 4), pred_masks (B, Q, H/4, W/4)}."""
+        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes, pred_masks (B, Q, H/4, W/4)}."""
         return {
             "pred_logits": self.class_head(self.norm(x)),
             "pred_boxes": boxes,
@@ -32,12 +36,12 @@ class PredictionHeads(nn.Module):
         }
 
     def refine(self, x, boxes):
-        """Reference boxes (B, Q, 4) of the next layer, from a layer's output x (B, Q, C) and its own reference boxes."""
+        """Reference boxes (B, Q, 4) of the next layer: of a layer's output x (B, Q, C) and its own reference boxes."""
         return (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
 
     def predict_layer(self, x, boxes, pixel_features):
         """Predictions of a decoder layer: x its output, boxes those that the layer before it gave, with their gradient
-        ("look forward twice", DINO). The queries pass the norm once for the box and twice for class and mask, as released.
+        ("look forward twice", DINO). The queries pass the norm once for the box, twice for class and mask, as released.
         """
         x = self.norm(x)
         return self(x, self.refine(x, boxes), pixel_features)
@@ -56,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(C, config.feedforward_dim)
 
     def forward(self, x, query_pos, boxes, tokens, level_shapes, attn_mask):
-        """x, query_pos (B, Q, C), boxes (B, Q, 4), tokens (B, S, C), attn_mask (Q, Q) bool, True where hidden, or None."""
+        """x, query_pos (B, Q, C); boxes (B, Q, 4); tokens (B, S, C); attn_mask (Q, Q) bool, True if hidden, or None."""
         q = k = x + query_pos
         x = self.self_norm(x + self.self_attn(q, k, x, attn_mask=attn_mask, need_weights=False)[0])
         x = self.cross_norm(x + self.cross_attn(x + query_pos, boxes, tokens, level_shapes))

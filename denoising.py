@@ -1,4 +1,4 @@
-"""Denoising queries (DN-DETR, with DINO's groups): noisy ground truth that the decoder learns to restore, in training only."""
+"""Denoising queries (DN-DETR), in training only: noisy ground truth that the decoder learns to restore."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from matcher import HungarianMatcher, pairwise_giou, sample_points
+from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points
 
 
 def uncertain_points(logits, num_points, oversampling=3, share=0.75):
-    """Points where a mask is least certain (PointRend, Sec. 3.1): of `oversampling` times as many random points, those with
-    the smallest |logit|, as `share` of the result; the rest is uniform.
+    """Points where masks are least certain (PointRend): of `oversampling` times as many random points, those with the
+    smallest |logit| make up this `share` of the result; the rest is uniform.
 
     logits (N, h, w). Returns (N, num_points, 2), (x, y) in [0, 1], dtype as logits.
     """
@@ -30,7 +30,7 @@ def mask_losses(logits, masks, num_points):
     """
     with torch.no_grad():
         points = uncertain_points(logits, num_points)
-        wanted = sample_points(masks.to(logits), points)
+        wanted = sample_masks(masks, points)
     predicted = sample_points(logits, points)
     bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1).sum()
     p = predicted.sigmoid()
@@ -41,9 +41,9 @@ def mask_losses(logits, masks, num_points):
 class SetCriterion(nn.Module):
     """Matches every set of predictions to the targets and computes its losses.
 
-    weights: the weight of every term that can occur, by name; terms are `loss_` + {ce, bbox, giou, mask, dice} + a suffix:
-    none (last layer), `_0` (decoder's input), `_1`... (decoder layers), `_interm` (first selection), `_di_0`... (interaction
-    layers, class and box only), and `_dn`, `_dn_0`... for the denoising queries.
+    weights: the weight of every term that can occur, by name; terms are `loss_` + {ce, bbox, giou, mask, dice} + a
+    suffix: none (last layer), `_0` (decoder's input), `_1`... (decoder layers), `_interm` (first selection), `_di_0`...
+    (interaction layers, class and box only), and `_dn`, `_dn_0`... for the denoising queries.
     """
 
     def __init__(self, config):
@@ -64,7 +64,7 @@ class SetCriterion(nn.Module):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
     def losses(self, outputs, targets, pairs, num_instances):
-        """The terms of one set of predictions, each divided by num_instances. pairs: per image (queries, targets), int64."""
+        """The terms of one set of predictions, divided by num_instances. pairs: per image (queries, targets), int64."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
         query = torch.cat([query for query, _ in pairs])
@@ -91,7 +91,7 @@ class SetCriterion(nn.Module):
         """outputs: of the model in training mode. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh,
         masks (n, H, W) bool, at the padded size of the batch.
 
-        Returns the unweighted terms {name: scalar}; the number of instances that divides them is averaged over the processes.
+        Returns the unweighted terms {name: scalar}, divided by the number of instances averaged over the processes.
         """
         num_instances = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
         if dist.is_available() and dist.is_initialized():

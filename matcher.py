@@ -13,6 +13,24 @@ def sample_points(maps, points):
     return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
 
 
+def sample_masks(masks, points):
+    """`sample_points` of bool masks (N, H, W), in the dtype of the points; the masks are never copied to floats whole."""
+    H, W = masks.shape[1:]
+    flat = masks.flatten(1)
+    corner = points * points.new_tensor([W, H]) - 0.5  # in pixels, a pixel's centre on its index
+    first = corner.floor()
+    above = corner - first
+    first = first.long()
+    total = torch.zeros_like(points[..., 0])
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        x, y = first[..., 0] + dx, first[..., 1] + dy
+        weight = (above[..., 0] if dx else 1 - above[..., 0]) * (above[..., 1] if dy else 1 - above[..., 1])
+        inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        value = flat.gather(1, y.clamp(0, H - 1) * W + x.clamp(0, W - 1))
+        total += weight * (value & inside)
+    return total
+
+
 def pairwise_giou(a, b):
     """Generalised IoU of all pairs of cxcywh boxes (..., N, 4) and (..., M, 4) -> (..., N, M).
 
@@ -47,7 +65,7 @@ def mask_costs(logits, masks):
 
 
 class HungarianMatcher(nn.Module):
-    """Finds for every target the query that predicts it best; weights of the cost terms and number of points from the config."""
+    """Finds for every target the query that predicts it best; its cost terms have the weights of the losses."""
 
     def __init__(self, config):
         super().__init__()
@@ -56,14 +74,14 @@ class HungarianMatcher(nn.Module):
         self.num_points = config.loss_points
 
     def cost(self, logits, boxes, masks, target):
-        """Cost matrix (Q, n) of one image: logits (Q, classes), boxes (Q, 4), masks (Q, h, w) or None, target as in `forward`."""
+        """Costs (Q, n) of one image: logits (Q, classes), boxes (Q, 4), masks (Q, h, w) or None, one target."""
         cost = self.cost_class * class_cost(logits, target["labels"])
         cost = cost + self.cost_box * torch.cdist(boxes, target["boxes"].to(boxes), p=1)
         cost = cost - self.cost_giou * pairwise_giou(boxes, target["boxes"].to(boxes))
         if masks is not None and len(target["labels"]):
             points = torch.rand(1, self.num_points, 2, dtype=masks.dtype, device=masks.device)
             predicted = sample_points(masks, points.expand(len(masks), -1, -1))
-            wanted = sample_points(target["masks"].to(masks), points.expand(len(target["masks"]), -1, -1))
+            wanted = sample_masks(target["masks"], points.expand(len(target["masks"]), -1, -1))
             bce, dice = mask_costs(predicted, wanted)
             cost = cost + self.cost_mask * bce + self.cost_dice * dice
         return cost

@@ -1,0 +1,26 @@
+# make setup: install everything into .venv and build the op; make demo: train and evaluate a small model; make test.
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: setup demo test
+setup: .venv/op
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# Without a compiler this prints what is missing, and the model runs on the fallback.
+.venv/op: .venv/installed setup.py $(wildcard csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/python train.py --output runs/demo --resume
+	$(BIN)/python eval.py --checkpoint runs/demo/checkpoint.pt --per-layer --output runs/demo/eval.json
+	$(BIN)/python predict.py --checkpoint runs/demo/checkpoint.pt --output runs/demo/predictions runs/shapes/images/val2017
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest

@@ -1,0 +1,198 @@
+"""Evaluates a checkpoint: COCO box and mask AP of the last layer or, with --per-layer, of every decoder layer."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from data import CocoInstances, DataError, coco_paths, collate, eval_transform, make_shapes
+from model import InputError, choose_device, load_model, postprocess
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
+
+
+def add_data_arguments(parser):
+    """The flags that name the data, the same in every program."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        choices=["shapes", "coco"],
+        default="shapes",
+        help="shapes: generated images; coco: a data set in COCO format (default: shapes)",
+    )
+    group.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/shapes)",
+    )
+    for split in ("train", "val"):
+        group.add_argument(
+            f"--{split}-json",
+            metavar="FILE",
+            help=f"annotation file of the {split} images, instead of the one in --data-root",
+        )
+        group.add_argument(
+            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images, instead of the one in --data-root"
+        )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, (os.cpu_count() or 2) // 2),
+        help="processes that load the data (default: half the cores, at most 4)",
+    )
+
+
+def open_split(args, split, transform):
+    """The data set that the flags name, split "train" or "val". Raises DataError."""
+    annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+    if bool(annotation_file) != bool(image_dir):
+        raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
+    if not annotation_file:
+        if args.data == "shapes":
+            args.data_root = args.data_root or "runs/shapes"
+            make_shapes(args.data_root)
+        elif not args.data_root:
+            raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
+        annotation_file, image_dir = coco_paths(args.data_root, split)
+    return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
+
+
+def run_program(main):
+    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1."""
+    try:
+        main()
+    except (DataError, InputError) as error:
+        # A loader process sends its traceback along; the message is the last line, behind the error's name.
+        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def coco_results(detections, image_id, category_ids):
+    """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries."""
+    boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
+    masks = np.asfortranarray(detections["masks"].cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
+    results = []
+    for score, label, box, rle in zip(
+        detections["scores"].tolist(), detections["labels"].tolist(), boxes, mask_utils.encode(masks), strict=True
+    ):
+        rle["counts"] = rle["counts"].decode()
+        results.append(
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
+        )
+    return results
+
+
+def average_precision(coco, results, image_ids):
+    """{"box": {metric: percent}, "mask": {...}} by pycocotools; None where no instance has the metric's size."""
+    scores = {}
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        if not results:
+            scores[name] = dict.fromkeys(METRICS, 0.0)
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            # loadRes computes the boxes from the masks where there are both, so that the boxes go alone.
+            drop = "segmentation" if kind == "bbox" else "bbox"
+            detected = coco.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
+            evaluation = COCOeval(coco, detected, kind)
+            evaluation.params.imgIds = image_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        scores[name] = {
+            m: None if s < 0 else 100 * float(s) for m, s in zip(METRICS, evaluation.stats[:6], strict=True)
+        }
+    return scores
+
+
+@torch.inference_mode()
+def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
+    """Box and mask AP of a model on a data set made with training=False.
+
+    Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers": [{"layer": 0, "box": {...},
+    "mask": {...}}, ...]: 0 is the decoder's input, the last is the last layer. Leaves the model in evaluation mode.
+    """
+    model.eval()
+    # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
+    same_size = {}
+    for index, image_id in enumerate(dataset.image_ids):
+        entry = dataset.coco.imgs[image_id]
+        same_size.setdefault((entry["height"], entry["width"]), []).append(index)
+    batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None):
+        outputs = model([image.to(device) for image in images], all_layers=per_layer)
+        for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
+            sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
+            for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
+                results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
+    layers = [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
+    return layers[-1] | ({"layers": [{"layer": i} | scores for i, scores in enumerate(layers)]} if per_layer else {})
+
+
+def percent(value):
+    """A metric for printing."""
+    return "    -" if value is None else f"{value:5.1f}"
+
+
+def print_scores(scores):
+    """Print the metrics and, where they are there, box AP, mask AP and their difference per layer."""
+    print("       " + "  ".join(f"{metric:>5}" for metric in METRICS))
+    for kind in ("box", "mask"):
+        print(f"{kind:5}  " + "  ".join(percent(scores[kind][metric]) for metric in METRICS))
+    if "layers" in scores:
+        print("\nlayer      box AP  mask AP  box - mask")
+        for entry in scores["layers"]:
+            box, mask = entry["box"]["AP"], entry["mask"]["AP"]
+            gap = None if None in (box, mask) else box - mask
+            name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
+            print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
+    parser.add_argument("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the numbers to this JSON file")
+    parser.add_argument("--batch-size", type=int, default=4, help="images at a time, of one size (default: 4)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add_data_arguments(parser)
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    model, checkpoint = load_model(args.checkpoint, device)
+    dataset = open_split(args, "val", eval_transform(*model.config.test_size))
+    check_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
+    scores = evaluate(model, dataset, device, args.workers, args.per_layer, args.batch_size)
+    print_scores(scores)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def check_classes(path, trained, present):
+    """Raise InputError unless the checkpoint's class names are those of the data set, in the same order."""
+    if len(trained) != len(present):
+        raise InputError(
+            f"{path}: was trained for {len(trained)} classes, the data set has {len(present)}; give the one it belongs to"
+        )
+    for a, b in zip(trained, present, strict=True):
+        if a != b:
+            raise InputError(
+                f"{path}: was trained for a class {a!r} where the data set has {b!r}; give the one it belongs to"
+            )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,232 @@
+"""train.py, eval.py and predict.py, run as a user runs them, on good and on bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import make_shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--train-size", "64", "--test-size", "64", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+def run(*command, cwd=None, ok=True):
+    """Run one of the programs; check its exit status, and that a failure is one line without a traceback."""
+    result = subprocess.run(
+        [sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd or ROOT, capture_output=True, text=True
+    )
+    if ok:
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A small generated data set in COCO's layout."""
+    root = tmp_path_factory.mktemp("shapes")
+    make_shapes(root, train=8, val=4, size=64)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """The output folder of two epochs of training."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    run("train.py", "--data", "coco", "--data-root", shapes, "--output", output, "--epochs", 2, *SMALL)
+    return output
+
+
+def edit(shapes, folder, change):
+    """A copy of a data set whose annotation files went through `change`."""
+    shutil.copytree(shapes, folder)
+    for path in (folder / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def test_training_leaves_checkpoint_log_and_pictures(trained):
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log if "box" in entry] == [1, 2]
+    assert all(np.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    assert Image.open(trained / "epoch_001.png").size[1] >= 2 * 320
+    checkpoint = torch.load(trained / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 2 and checkpoint["iteration"] == 4
+    assert checkpoint["config"]["num_classes"] == len(checkpoint["classes"]) == 10
+
+
+def test_resumed_training_equals_uninterrupted(trained, shapes, tmp_path):
+    """Stopped after the first of two epochs and resumed, the weights and the log are those of one run."""
+    command = ["train.py", "--data", "coco", "--data-root", shapes, "--output", tmp_path, "--epochs", 2, *SMALL]
+    run(*command, "--max-iterations", 2)
+    run(*command, "--resume")
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path, trained))
+    assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
+    assert ours["iteration"] == theirs["iteration"]
+    run(*command, "--resume")  # nothing is left to do
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 4
+
+
+def test_existing_run_is_not_overwritten(trained, shapes):
+    before = (trained / "checkpoint.pt").read_bytes()
+    error = run("train.py", "--data", "coco", "--data-root", shapes, "--output", trained, *SMALL, ok=False)
+    assert "--resume" in error and (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_eval_per_layer(trained, shapes, tmp_path):
+    out = tmp_path / "scores" / "eval.json"
+    flags = ["--checkpoint", trained / "checkpoint.pt", "--data", "coco", "--data-root", shapes, "--workers", 0]
+    printed = run("eval.py", *flags, "--per-layer", "--output", out)
+    scores = json.loads(out.read_text())
+    assert [entry["layer"] for entry in scores["layers"]] == [0, 1, 2, 3]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} == scores["box"].keys() == scores["mask"].keys()
+    assert scores["layers"][-1]["box"] == scores["box"] and scores["layers"][-1]["mask"] == scores["mask"]
+    assert "box - mask" in printed
+    run("eval.py", *flags, "--output", out)
+    assert json.loads(out.read_text()) == {kind: scores[kind] for kind in ("box", "mask")}
+
+
+def test_predict_takes_every_kind_of_image(trained, tmp_path):
+    folder, output = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # stored on its side
+    picture.save(folder / "rotated.jpg", exif=exif)
+    for mode in ("L", "RGBA", "P"):
+        picture.convert(mode).save(folder / f"{mode}.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
+    Image.new("RGB", (3, 2)).save(folder / "L.bmp")  # far below 600 tokens; its overlay must not replace L.png's
+    run("predict.py", "--checkpoint", trained / "checkpoint.pt", "--output", output, "--score-threshold", 0, folder)
+    overlays = {path.name for path in output.glob("*.png")}
+    assert {"rotated.png", "L.png", "RGBA.png", "P.png", "16bit.png"} < overlays and len(overlays) == 6
+    upright = Image.open(output / "rotated.png")
+    assert upright.height > upright.width
+    results = json.loads((output / "detections.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score", "segmentation"} <= results[0].keys()
+    sizes = {r["file_name"].rsplit("/", 1)[-1]: r["segmentation"]["size"] for r in results}
+    assert sizes["rotated.jpg"] == [70, 50] and sizes["L.bmp"] == [2, 3]
+    assert all(1 <= r["category_id"] <= 10 and 0 <= r["score"] <= 1 for r in results)
+
+
+def test_predict_goes_on_behind_an_unreadable_image(trained, shapes, tmp_path):
+    good = sorted((shapes / "images" / "val2017").iterdir())[0]
+    (tmp_path / "broken.jpg").write_bytes(good.read_bytes()[:200])
+    flags = ["--checkpoint", trained / "checkpoint.pt", "--output", tmp_path / "out"]
+    error = run("predict.py", *flags, tmp_path / "broken.jpg", good, ok=False)
+    assert "broken.jpg" in error
+    assert (tmp_path / "out" / f"{good.stem}.png").exists() and (tmp_path / "out" / "detections.json").exists()
+
+
+def test_images_without_annotations(shapes, tmp_path):
+    """A data set trains and evaluates when some images have no annotation."""
+
+    def drop(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 2]
+
+    root = edit(shapes, tmp_path / "data", drop)
+    run("train.py", "--data", "coco", "--data-root", root, "--output", tmp_path / "out", "--epochs", 1, *SMALL)
+    assert "box" in json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+
+
+def truncate(path, to):
+    path.write_bytes(path.read_bytes()[:to])
+
+
+def broken_polygon(content):
+    content["annotations"][0]["segmentation"] = [[1, 1, 5, 5]]
+
+
+def empty_box(content):
+    content["annotations"][0]["bbox"][2] = 0
+
+
+def unknown_category(content):
+    content["annotations"][0]["category_id"] = 99
+
+
+def no_images(content):
+    content["images"], content["annotations"] = [], []
+
+
+@pytest.mark.parametrize("change", [broken_polygon, empty_box, unknown_category, no_images])
+def test_bad_annotations_are_named(shapes, tmp_path, change):
+    root = edit(shapes, tmp_path / "data", change)
+    error = run("train.py", "--data", "coco", "--data-root", root, "--output", tmp_path / "out", *SMALL, ok=False)
+    assert "instances_train2017.json" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_are_named(trained, shapes, tmp_path):
+    data = ["--data", "coco", "--data-root"]
+    checkpoint = trained / "checkpoint.pt"
+
+    def fails(*command, naming):
+        assert naming in run(*command, ok=False)
+
+    fails("eval.py", "--checkpoint", tmp_path / "none.pt", *data, shapes, naming="none.pt")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(checkpoint.read_bytes()[:10000])
+    fails("eval.py", "--checkpoint", cut, *data, shapes, naming="cut.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    fails("predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "o", tmp_path / "no.jpg", naming="no.jpg")
+    pictures = shapes / "images" / "val2017"
+    fails(
+        "predict.py", "--checkpoint", tmp_path / "foreign.pt", "--output", tmp_path / "o", pictures, naming="foreign.pt"
+    )
+
+    other = [*data, shapes, "--output", trained, "--resume", *SMALL[:-6], "--preset", "dimaskdino_r50"]
+    fails("train.py", *other, naming="checkpoint.pt")
+    fails("eval.py", "--checkpoint", checkpoint, *data, tmp_path, naming="instances_val2017.json")
+    fails("eval.py", "--checkpoint", checkpoint, "--data", "coco", naming="--data-root")
+
+    not_coco = tmp_path / "a" / "list.json"
+    not_coco.parent.mkdir()
+    not_coco.write_text("[1, 2]")
+    explicit = ["--val-json", not_coco, "--val-images", shapes / "images" / "val2017"]
+    fails("eval.py", "--checkpoint", checkpoint, *explicit, naming="list.json")
+    fails("eval.py", "--checkpoint", checkpoint, *explicit[:2], naming="--val-images")
+    annotations = shapes / "annotations" / "instances_val2017.json"
+    explicit = ["--val-json", annotations, "--val-images", shapes / "images" / "nothing"]
+    fails("eval.py", "--checkpoint", checkpoint, *explicit, naming="nothing")
+
+    def rename(content):
+        content["categories"][3]["name"] = "zebra"
+
+    other = edit(shapes, tmp_path / "other", rename)
+    fails("eval.py", "--checkpoint", checkpoint, *data, other, naming="zebra")
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shapes, damaged)
+    image = sorted((damaged / "images" / "val2017").iterdir())[-1]
+    truncate(image, 300)
+    for workers in (0, 1):
+        fails("eval.py", "--checkpoint", checkpoint, *data, damaged, "--workers", workers, naming=image.name)
+    image.unlink()
+    fails("eval.py", "--checkpoint", checkpoint, *data, damaged, naming=image.name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "predict.py"])
+def test_no_gpu(program, tmp_path):
+    needed = {"train.py": [], "eval.py": ["--checkpoint", "x.pt"], "predict.py": ["--checkpoint", "x.pt", "a.png"]}
+    output = [] if program == "eval.py" else ["--output", tmp_path / "out"]
+    assert "cuda" in run(program, *needed[program], *output, "--device", "cuda", ok=False)
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "predict.py"])
+def test_help_ends_well(program):
+    assert "--device" in run(program, "--help")
