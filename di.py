@@ -56,10 +56,12 @@ class CandidateTokens(nn.Module):
         return self.norm(self.linear(t_i * valid)), proposals
 
 
-def boxes_from_masks(mask_logits):
-    """Boxes around the pixels with a positive logit, from the first to the last pixel index; no gradient.
+def boxes_from_masks(mask_logits, box_init="mask"):
+    """Boxes around the pixels with a positive logit; no gradient.
 
-    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H; an empty mask gives (1, 1, 0, 0).
+    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H. With box_init "mask" a box reaches from
+    the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with "bitmask" it reaches to the last
+    index + 1, and an empty mask gives (0, 0, 0, 0).
     """
     masks = mask_logits.detach() > 0
     H, W = masks.shape[-2:]
@@ -67,8 +69,11 @@ def boxes_from_masks(mask_logits):
     for line, size in ((masks.any(-2), W), (masks.any(-1), H)):  # (B, Q, W) columns, (B, Q, H) rows
         index = torch.arange(size, device=masks.device)
         first = torch.where(line, index, size).amin(-1)
-        last = torch.where(line, index, 0).amax(-1)
-        last = torch.where(first < size, last, size)
+        if box_init == "bitmask":
+            last = torch.where(line, index + 1, 0).amax(-1)
+            first = torch.minimum(first, last)  # empty: 0 and 0
+        else:
+            last = torch.maximum(first, torch.where(line, index, 0).amax(-1))  # empty: size and size
         extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(mask_logits.dtype) / (2 * size))
     return torch.stack(extremes, -2).flatten(-2)[..., [0, 2, 1, 3]]  # (cx, w, cy, h) -> (cx, cy, w, h)
 

@@ -40,15 +40,17 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Multi-scale deformable encoder on C3...C6 and the stride-4 pixel features."""
+    """Multi-scale deformable encoder on C3...C6, with five levels C2...C6, and the stride-4 pixel features."""
 
     def __init__(self, config, channels):
         super().__init__()
         C = config.hidden_dim
         norm = lambda: nn.GroupNorm(32, C)  # noqa: E731
-        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in channels[1:])
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in channels[5 - config.num_levels :]
+        )
         self.input_proj.append(nn.Sequential(nn.Conv2d(channels[-1], C, 3, stride=2, padding=1), norm()))  # C6
-        self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # C3...C6
+        self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # fine to coarse
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), norm())
         self.output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), norm(), nn.ReLU())
@@ -64,11 +66,12 @@ class Encoder(nn.Module):
     def forward(self, features):
         """features: [C2, C3, C4, C5].
 
-        Returns T_i (B, S, C), the levels from coarse (C6) to fine (C3), each row-major; the level shapes [(H, W), ...]
-        in this order; the pixel features F (B, C, H/4, W/4).
+        Returns T_i (B, S, C), levels from coarse (C6) to fine (C3 or C2), each row-major; the level shapes
+        [(H, W), ...] in this order; the pixel features F (B, C, H/4, W/4).
         """
-        c2, *maps = features
-        maps = [project(m) for project, m in zip(self.input_proj, maps + [maps[-1]], strict=True)]  # C3...C6
+        c2 = features[0]
+        maps = features[1 - len(self.input_proj) :] + features[-1:]  # C5 twice, since C6 comes from it
+        maps = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
         position = torch.cat(
@@ -78,8 +81,9 @@ class Encoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, position, centres, shapes)
 
-        c3 = F.interpolate(tokens_to_map(tokens, shapes, 0), size=c2.shape[-2:], mode="bilinear", align_corners=False)
-        pixel_features = self.pixel_proj(self.output(self.lateral(c2) + c3))
+        finest = tokens_to_map(tokens, shapes, 0)
+        finest = F.interpolate(finest, size=c2.shape[-2:], mode="bilinear", align_corners=False)
+        pixel_features = self.pixel_proj(self.output(self.lateral(c2) + finest))
 
         t_i = torch.cat(tokens.split([h * w for h, w in shapes], dim=1)[::-1], 1)  # coarse to fine from here on
         return t_i, shapes[::-1], pixel_features

@@ -1,14 +1,17 @@
 """DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: configuration, presets, the model, and its detections."""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import box_convert
 
 from attention import inverse_sigmoid
-from backbone import ResNet
+from backbone import build_backbone
 from bato import BATO
 from decoder import Decoder, PredictionHeads
 from denoising import denoising_queries
@@ -21,15 +24,16 @@ class Config:
     """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50."""
 
     num_classes: int = 80
-    backbone: str = "resnet50"  # a ResNet of torchvision.models
+    backbone: str = "resnet50"  # a ResNet of torchvision.models, or one of backbone.SWINS
     frozen_batch_norm: bool = True  # False: GroupNorm, to train from scratch
     hidden_dim: int = 256  # C, channels of tokens and queries
     num_heads: int = 8
-    num_levels: int = 4  # C3...C6
+    num_levels: int = 4  # of the encoder: C3...C6; 5: C2...C6
     num_points: int = 4  # sampling points per head and level
     encoder_layers: int = 6
     encoder_feedforward_dim: int = 2048
     di: bool = True  # De-Imbalance: token interaction and second selection (Eq. 2, 3)
+    box_init: str = "mask"  # boxes around the selected tokens' masks; "bitmask": one pixel wider and higher
     k1: int = 600  # tokens of the first selection (Eq. 1), with DI
     k2: int = 300  # tokens of the last selection (Eq. 3) = queries of the decoder
     interaction_layers: int = 2
@@ -40,6 +44,7 @@ class Config:
     denoising_queries: int = 100
     noise_scale: float = 0.4  # of denoising labels and boxes
     loss_points: int = 12544  # sampled per mask, in the matching and in the losses
+    grad_checkpoint: bool = False  # save memory in training: compute every layer's inner values once more
     class_weight: float = 4.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
@@ -50,6 +55,10 @@ class Config:
 PRESETS = {
     "dimaskdino_r50": Config(),
     "maskdino_r50": Config(di=False, bato=False, decoder_layers=9),
+    "dimaskdino_swin_l": Config(backbone="swin_l_384"),
+    "maskdino_swin_l": Config(
+        backbone="swin_l_384", num_levels=5, box_init="bitmask", di=False, bato=False, decoder_layers=9
+    ),
     # Trains from scratch on a laptop's CPU.
     "tiny": Config(
         num_classes=10,
@@ -88,7 +97,7 @@ class DIMaskDINO(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.backbone = ResNet(config.backbone, config.frozen_batch_norm)
+        self.backbone = build_backbone(config.backbone, config.frozen_batch_norm)
         self.encoder = Encoder(config, self.backbone.channels)
         self.candidates = CandidateTokens(config)
         self.heads = PredictionHeads(config)
@@ -96,6 +105,9 @@ class DIMaskDINO(nn.Module):
         self.bato = BATO(config) if config.bato else None
         self.decoder = Decoder(config)
         self.label_embedding = nn.Embedding(config.num_classes, config.hidden_dim)
+        if config.grad_checkpoint:
+            for layer in chain(*self.backbone.stages, self.encoder.layers, self.decoder.layers):
+                layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
 
     def batch(self, images):
         """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
@@ -130,7 +142,7 @@ class DIMaskDINO(nn.Module):
         candidates, proposals = self.candidates(t_i, level_shapes)
         k1 = self.config.k1 if self.config.di else self.config.k2
         t_s1, selection["first"] = select(candidates, heads.class_head(candidates), k1)  # Eq. 1
-        boxes = boxes_from_masks(heads.masks(t_s1, pixel_features))
+        boxes = boxes_from_masks(heads.masks(t_s1, pixel_features), self.config.box_init)
         if every:
             selected = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
             outputs["interm_outputs"] = heads(t_s1, selected, pixel_features)
