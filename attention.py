@@ -1,19 +1,96 @@
 """Multi-scale deformable attention (Deformable DETR, Sec. 4.1) and the sine position embeddings of points and boxes."""
 
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+BUILD = "python setup.py build_ext --inplace"
+
+
+def load_op():
+    """Loads the libraries of csrc, which lie beside this file and bear the version of the torch they were built for.
+
+    Returns {device type: None, or why the compiled op does not serve that device}.
+    """
+    folder, version = Path(__file__).resolve().parent, torch.__version__
+    reasons = {}
+    for device, name in (("cpu", "_C"), ("cuda", "_C_cuda")):
+        path = folder / f"{name}.torch-{version}.so"
+        others = [other.stem.removeprefix(f"{name}.torch-") for other in folder.glob(f"{name}.torch-*.so")]
+        if path.exists():
+            try:
+                torch.ops.load_library(path)
+                reasons[device] = None
+            except OSError as error:
+                reasons[device] = f"does not load ({str(error).splitlines()[0]})"
+        elif others:
+            reasons[device] = f"was built for torch {others[0]} and not for this one, {version}"
+        else:
+            reasons[device] = "is not built"
+    reasons["cuda"] = reasons["cpu"] or reasons["cuda"]  # the operators are declared in the CPU library
+    return reasons
+
+
+WITHOUT_OP = load_op()
+
+if WITHOUT_OP["cpu"] is None:
+
+    @torch.library.register_fake("dimaskdino::ms_deform_attn")
+    def _output_like(value, level_shapes, sampling_locations, attention_weights):
+        return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+
+    @torch.library.register_fake("dimaskdino::ms_deform_attn_backward")
+    def _grads_like(grad_output, value, level_shapes, sampling_locations, attention_weights):
+        return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
+
+    def _setup_context(ctx, inputs, output):
+        value, ctx.level_shapes, sampling_locations, attention_weights = inputs
+        ctx.save_for_backward(value, sampling_locations, attention_weights)
+
+    def _backward(ctx, grad_output):
+        value, sampling_locations, attention_weights = ctx.saved_tensors
+        grad_value, grad_locations, grad_weights = torch.ops.dimaskdino.ms_deform_attn_backward(
+            grad_output, value, ctx.level_shapes, sampling_locations, attention_weights
+        )
+        return grad_value, None, grad_locations, grad_weights
+
+    def _no_second_derivative(ctx, *grads):
+        raise RuntimeError("ms_deform_attn has no second derivative; ms_deform_attn_pytorch has one")
+
+    torch.library.register_autograd("dimaskdino::ms_deform_attn", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("dimaskdino::ms_deform_attn_backward", _no_second_derivative)
+
+
+said = set()  # device types for which the line below has been printed
+
+
+@torch.compiler.assume_constant_result  # called while torch.compile traces, so that the line is printed there too
+def has_op(device):
+    """Whether the compiled op serves tensors of this device type. Where it does not, says so once."""
+    reason = WITHOUT_OP.get("cpu" if device == "meta" else device, f"does not exist for {device}")
+    if reason and device not in said:
+        said.add(device)
+        message = f"the compiled op {reason}; running slower, in plain PyTorch. Build it: {BUILD}"
+        print(f"ms_deform_attn on {device}: {message}", file=sys.stderr)
+    return not reason
+
 
 def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights):
     """Multi-scale deformable attention in plain PyTorch: the fallback of the op and its reference.
 
-    Same arguments and result as `ms_deform_attn`.
+    Same arguments and result as `ms_deform_attn`; half types are computed in float32.
     """
     B, _, M, D = value.shape
     _, Q, _, L, P, _ = sampling_locations.shape
+    dtype = value.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        value, sampling_locations, attention_weights = (
+            x.float() for x in (value, sampling_locations, attention_weights)
+        )
     grids = (2 * sampling_locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
     weights = attention_weights.permute(0, 2, 3, 1, 4).reshape(B * M, L, 1, Q, P)
     out = value.new_zeros(B * M, D, Q)
@@ -23,7 +100,7 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
         maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
         sampled = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, Q, P)
         out = out + (sampled * weights[:, level]).sum(-1)
-    return out.view(B, M * D, Q).transpose(1, 2)
+    return out.view(B, M * D, Q).transpose(1, 2).to(dtype)
 
 
 def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
@@ -31,12 +108,18 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
 
     value               (B, S, M, D): S tokens of all levels, row-major one level after the other, M heads of D channels
     level_shapes        [(H, W), ...] of the L levels, host integers, sum of H*W = S
-    sampling_locations  (B, Q, M, L, P, 2): (x, y) relative to the map, [0, 1] inside; outside counts as zero
+    sampling_locations  (B, Q, M, L, P, 2): (x, y) relative to the map, [0, 1] inside. What lies outside counts as zero:
+                        corners of a cell, whole samples, infinite and NaN locations; these get no gradient
     attention_weights   (B, Q, M, L, P)
 
-    Returns (B, Q, M*D) in the dtype of `value`.
+    float32, float64 or bfloat16, on a GPU float16 too; with a half-precision value the locations and the weights may
+    be float32. Returns (B, Q, M*D) in the dtype of `value`. Raises RuntimeError for shapes, dtypes or devices that do
+    not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built.
     """
-    return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
+    if not has_op(value.device.type):
+        return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
+    sizes = [size for shape in level_shapes for size in shape]
+    return torch.ops.dimaskdino.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
 
 
 class MSDeformAttn(nn.Module):
@@ -81,13 +164,14 @@ class MSDeformAttn(nn.Module):
         shape = (B, Q, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(tokens).view(B, tokens.shape[1], self.num_heads, -1)
         offsets = self.sampling_offsets(query).view(*shape, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            sizes = offsets.new_tensor([(w, h) for h, w in level_shapes])  # (L, 2)
+            sizes = reference.new_tensor([(w, h) for h, w in level_shapes])  # (L, 2), exact: not in half precision
             locations = reference + offsets / sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
+        # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
 
 
@@ -160,3 +244,12 @@ def xavier_matrices_(module):
     for child in module.modules():
         if isinstance(child, MSDeformAttn):
             child.reset_parameters()
+
+
+if __name__ == "__main__":
+    for device, reason in WITHOUT_OP.items():
+        if device == "cuda" and torch.version.cuda is None:
+            reason = "is not needed: this torch has no CUDA"
+        print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op"))
+    if any(WITHOUT_OP.values()):
+        print(f"build it: {BUILD}")
