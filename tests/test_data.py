@@ -33,6 +33,14 @@ WIDTH, HEIGHT = 40, 30
 SQUARE = [[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]]  # columns 10 to 19, rows 5 to 14
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():  # as in loader processes; these operations are too small for more
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def square_mask():
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[5:15, 10:20] = 1
@@ -218,14 +226,16 @@ def test_damaged_image_files_are_named(tmp_path, suffix, how):
 
 
 def test_a_loader_process_reports_the_same_single_line(tmp_path):
-    arguments = write(tmp_path, dataset([annotation(1)]))
+    arguments = write(tmp_path, dataset([annotation(1), annotation(2, image_id=2)]))
     damage(tmp_path / "images" / "1.png", "truncated")
     data = CocoInstances(*arguments, same_size(), training=True)
     with pytest.raises(DataError) as alone:
         data[0]
+    batches = iter(torch.utils.data.DataLoader(data, num_workers=1, collate_fn=collate))
     with pytest.raises(DataError) as in_worker:
-        list(torch.utils.data.DataLoader(data, num_workers=1, collate_fn=collate))
+        next(batches)
     assert str(in_worker.value) == str(alone.value) and "\n" not in str(alone.value)
+    assert len(list(batches)) == 1  # the other image; also ends the process
 
 
 # --- damaged annotation files
