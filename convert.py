@@ -1,129 +1,260 @@
-"""Converts the checkpoints that the authors of DI-MaskDINO and Mask DINO released (Detectron2) into this project's."""
+"""Converts the checkpoints that the authors of DI-MaskDINO and Mask DINO released into this project's, and back."""
 
 import argparse
-import pickle
+import math
 import re
 import sys
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mode
 
-import numpy as np
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from model import PRESETS, DIMaskDINO, build_model
+from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed
+from model import PRESETS, Config, DIMaskDINO, InputError, read_checkpoint, save_checkpoint
 
-# Released names to ours, first match wins. A module that the released code registers twice is saved twice: all its
-# names lead to one of ours.
-HEAD, PREDICTOR = r"sem_seg_head\.", r"sem_seg_head\.predictor\."
-RULES = [
-    # backbone
-    (r"backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."),
-    (r"backbone\.stem\.conv1\.", "backbone.body.conv1."),
-    *((rf"backbone\.res{n + 1}\.(\d+)\.shortcut\.norm\.", rf"backbone.body.layer{n}.\1.downsample.1.") for n in range(1, 5)),
-    *((rf"backbone\.res{n + 1}\.(\d+)\.shortcut\.", rf"backbone.body.layer{n}.\1.downsample.0.") for n in range(1, 5)),
-    *((rf"backbone\.res{n + 1}\.(\d+)\.conv(\d)\.norm\.", rf"backbone.body.layer{n}.\1.bn\2.") for n in range(1, 5)),
-    *((rf"backbone\.res{n + 1}\.(\d+)\.conv(\d)\.", rf"backbone.body.layer{n}.\1.conv\2.") for n in range(1, 5)),
-    # encoder and pixel features
-    (HEAD + r"pixel_decoder\.input_proj\.", "encoder.input_proj."),
-    (HEAD + r"pixel_decoder\.transformer\.level_embed", "encoder.level_embed"),
-    (HEAD + r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\1.self_attn."),
-    (HEAD + r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.", r"encoder.layers.\1.norm."),
-    (HEAD + r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.", r"encoder.layers.\1.ffn.norm."),
-    (HEAD + r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear", r"encoder.layers.\1.ffn.linear"),
-    (HEAD + r"pixel_decoder\.adapter_1\.norm\.", "encoder.lateral.1."),
-    (HEAD + r"pixel_decoder\.adapter_1\.", "encoder.lateral.0."),
-    (HEAD + r"pixel_decoder\.layer_1\.norm\.", "encoder.output.1."),
-    (HEAD + r"pixel_decoder\.layer_1\.", "encoder.output.0."),
-    (HEAD + r"pixel_decoder\.mask_features\.", "encoder.pixel_proj."),
-    # selection and heads
-    (PREDICTOR + r"enc_output\.", "candidates.linear."),
-    (PREDICTOR + r"enc_output_norm\.", "candidates.norm."),
-    (PREDICTOR + r"label_enc\.", "label_embedding."),
-    (PREDICTOR + r"(?:oldm\.|decoder\.)?class_embed\.", "heads.class_head."),
-    (PREDICTOR + r"(?:decoder\.)?mask_embed\.", "heads.mask_head."),
-    (PREDICTOR + r"(?:_bbox_embed|(?:decoder\.)?bbox_embed\.\d+)\.", "heads.box_head."),
-    (PREDICTOR + r"(?:decoder_norm|decoder\.norm)\.", "heads.norm."),
-    # De-Imbalance
-    (PREDICTOR + r"(?:oldm_norm|oldm\.norm)\.", "interaction.norm."),
-    (PREDICTOR + r"(?:_oldm_bbox_embed|oldm_bbox_embed\.\d+|oldm\.bbox_embed\.\d+)\.", "interaction.box_head."),
-    (PREDICTOR + r"oldm\.ref_point_head\.", "interaction.query_pos."),
-    (PREDICTOR + r"oldm\.layers\.(\d+)\.self_attn\.", r"interaction.layers.\1.self_attn."),
-    (PREDICTOR + r"oldm\.layers\.(\d+)\.norm1\.", r"interaction.layers.\1.norm."),
-    (PREDICTOR + r"oldm\.layers\.(\d+)\.norm2\.", r"interaction.layers.\1.ffn.norm."),
-    (PREDICTOR + r"oldm\.layers\.(\d+)\.linear", r"interaction.layers.\1.ffn.linear"),
-    # BATO
-    (PREDICTOR + r"(?:decoder\.)?query_guide_feature_update\.multihead_attn\.", "bato.cross_attn."),
-    (PREDICTOR + r"(?:decoder\.)?query_guide_feature_update\.norm1\.", "bato.norm."),
-    (PREDICTOR + r"(?:decoder\.)?query_guide_feature_update\.norm2\.", "bato.ffn.norm."),
-    (PREDICTOR + r"(?:decoder\.)?query_guide_feature_update\.linear", "bato.ffn.linear"),
-    (PREDICTOR + r"decoder\.mask_output_conv\.norm\.", "bato.pixel_output.1."),
-    (PREDICTOR + r"decoder\.mask_output_conv\.", "bato.pixel_output.0."),
-    # decoder
-    (PREDICTOR + r"decoder\.ref_point_head\.", "decoder.position_mlp."),
-    (PREDICTOR + r"decoder\.layers\.(\d+)\.(self|cross)_attn\.", r"decoder.layers.\1.\2_attn."),
-    (PREDICTOR + r"decoder\.layers\.(\d+)\.norm1\.", r"decoder.layers.\1.cross_norm."),
-    (PREDICTOR + r"decoder\.layers\.(\d+)\.norm2\.", r"decoder.layers.\1.self_norm."),
-    (PREDICTOR + r"decoder\.layers\.(\d+)\.norm3\.", r"decoder.layers.\1.ffn.norm."),
-    (PREDICTOR + r"decoder\.layers\.(\d+)\.linear", r"decoder.layers.\1.ffn.linear"),
+# Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
+ENCODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
+NAMES = [("backbone." + ours, "backbone." + released) for ours, released in RESNET_NAMES + SWIN_NAMES]
+NAMES += [
+    (ours, ENCODER + released)
+    for ours, released in [
+        ("encoder.input_proj.", "input_proj."),
+        ("encoder.level_embed", "transformer.level_embed"),
+        ("encoder.layers.#.self_attn.", "transformer.encoder.layers.#.self_attn."),
+        ("encoder.layers.#.norm.", "transformer.encoder.layers.#.norm1."),
+        ("encoder.layers.#.ffn.norm.", "transformer.encoder.layers.#.norm2."),
+        ("encoder.layers.#.ffn.linear", "transformer.encoder.layers.#.linear"),
+        ("encoder.lateral.0.", "adapter_1."),
+        ("encoder.lateral.1.", "adapter_1.norm."),
+        ("encoder.output.0.", "layer_1."),
+        ("encoder.output.1.", "layer_1.norm."),
+        ("encoder.pixel_proj.", "mask_features."),
+    ]
 ]
-RULES = [(re.compile(pattern), ours) for pattern, ours in RULES]
+NAMES += [
+    (ours, PREDICTOR + released)
+    for ours, released in [
+        ("candidates.linear.", "enc_output."),
+        ("candidates.norm.", "enc_output_norm."),
+        ("label_embedding.", "label_enc."),
+        ("heads.class_head.", "class_embed."),
+        ("heads.mask_head.", "mask_embed."),
+        ("heads.box_head.", "_bbox_embed."),
+        ("heads.norm.", "decoder_norm."),
+        ("interaction.norm.", "oldm_norm."),
+        ("interaction.box_head.", "_oldm_bbox_embed."),
+        ("interaction.query_pos.", "oldm.ref_point_head."),
+        ("interaction.layers.#.self_attn.", "oldm.layers.#.self_attn."),
+        ("interaction.layers.#.norm.", "oldm.layers.#.norm1."),
+        ("interaction.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
+        ("interaction.layers.#.ffn.linear", "oldm.layers.#.linear"),
+        ("bato.cross_attn.", "query_guide_feature_update.multihead_attn."),
+        ("bato.norm.", "query_guide_feature_update.norm1."),
+        ("bato.ffn.norm.", "query_guide_feature_update.norm2."),
+        ("bato.ffn.linear", "query_guide_feature_update.linear"),
+        ("bato.pixel_output.0.", "decoder.mask_output_conv."),
+        ("bato.pixel_output.1.", "decoder.mask_output_conv.norm."),
+        ("decoder.position_mlp.", "decoder.ref_point_head."),
+        ("decoder.layers.#.self_attn.", "decoder.layers.#.self_attn."),
+        ("decoder.layers.#.cross_attn.", "decoder.layers.#.cross_attn."),
+        ("decoder.layers.#.cross_norm.", "decoder.layers.#.norm1."),
+        ("decoder.layers.#.self_norm.", "decoder.layers.#.norm2."),
+        ("decoder.layers.#.ffn.norm.", "decoder.layers.#.norm3."),
+        ("decoder.layers.#.ffn.linear", "decoder.layers.#.linear"),
+    ]
+]
 # Entries of released checkpoints that hold nothing of the model.
-IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*num_batches_tracked$|.*relative_position_index$")
+IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*\.(num_batches_tracked|relative_position_index)$")
+
+BDD100K_CLASSES = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
 
 
-class ConversionError(ValueError):
+class ConversionError(InputError):
     """A checkpoint that cannot be converted; the message lists the entries, one a line."""
 
 
-def our_name(name):
-    """The name of a released entry in this project, or None where there is none."""
-    for pattern, ours in RULES:
-        if match := pattern.match(name):
-            return match.expand(ours) + name[match.end() :]
-    return None
+def copies(config):
+    """[(start of another name, start of the first)] of the modules that the released code saves several times."""
+    pairs = [("decoder.norm.", "decoder_norm.")]
+    pairs += [(f"{at}bbox_embed.{i}.", "_bbox_embed.") for at in ("", "decoder.") for i in range(config.decoder_layers)]
+    if config.di:
+        pairs += [("oldm.norm.", "oldm_norm."), ("oldm.class_embed.", "class_embed.")]
+        layers = range(config.interaction_layers)
+        pairs += [(f"oldm{dot}bbox_embed.{i}.", "_oldm_bbox_embed.") for dot in "_." for i in layers]
+    if config.bato:
+        modules = "class_embed", "mask_embed", "query_guide_feature_update"
+        pairs += [(f"decoder.{module}.", f"{module}.") for module in modules]
+    return [(PREDICTOR + copy, PREDICTOR + first) for copy, first in pairs]
+
+
+def released_names(config):
+    """{released name: our name} of every entry of a released checkpoint of this architecture; {our name: shape}."""
+    with torch.device("meta"):  # shapes only
+        shapes = {name: tuple(value.shape) for name, value in DIMaskDINO(config).state_dict().items()}
+    names = {renamed(ours, NAMES): ours for ours in shapes}
+    for copy, first in copies(config):
+        names |= {copy + name.removeprefix(first): ours for name, ours in names.items() if name.startswith(first)}
+    return names, shapes
+
+
+def read_config(released):
+    """The Config of the architecture that {released name: tensor} has, read off names and shapes.
+
+    Each number is what most of the entries that depend on it say, so that a wrong entry shows as the wrong one. What
+    shapes do not show (`box_init`) is as in the released model of that backbone. Raises ConversionError for a Swin
+    transformer of unknown dimensions.
+    """
+
+    def rows(pattern):  # of the matrices and vectors whose whole name fits; None where there are none
+        sizes = [len(value) for name, value in released.items() if value.dim() and re.fullmatch(pattern, name)]
+        return mode(sizes) if sizes else None
+
+    def modules(pattern):  # in a list of modules with the same entries each; None where there are none
+        entries = Counter(match[1] for name in released if (match := re.match(pattern + r"\.\d+\.(.*)", name)))
+        return mode(entries.values()) if entries else None
+
+    def starting(prefix):
+        return sum(name.startswith(prefix) for name in released)
+
+    swin = starting("backbone.layers.") > starting("backbone.res")
+    di = starting(PREDICTOR + "oldm") > 1
+    config = PRESETS[f"{'di' if di else ''}maskdino_{'swin_l' if swin else 'r50'}"]
+    layers = re.escape(ENCODER) + r"transformer\.encoder\.layers", re.escape(PREDICTOR) + r"decoder\.layers"
+    found = {
+        "num_classes": rows(re.escape(PREDICTOR) + r"(.*\.)?(class_embed|label_enc)\.\w+"),
+        "num_levels": modules(re.escape(ENCODER) + "input_proj"),
+        "encoder_layers": modules(layers[0]),
+        "encoder_feedforward_dim": rows(layers[0] + r"\.\d+\.linear1\.\w+"),
+        "interaction_layers": modules(re.escape(PREDICTOR) + r"oldm\.layers"),
+        "decoder_layers": modules(layers[1]),
+        "feedforward_dim": rows(layers[1] + r"\.\d+\.linear1\.\w+"),
+    }
+    if swin:
+        channels, blocks = rows(r"backbone\.patch_embed\.\w+\.\w+"), modules(r"backbone\.layers\.2\.blocks")
+        table = rows(r"backbone\..*\.relative_position_bias_table") or 0  # (2 window - 1)^2
+        size = channels, blocks, (math.isqrt(table) + 1) // 2
+        found["backbone"] = next((name for name, numbers in SWINS.items() if numbers[:3] == size), None)
+        if not found["backbone"]:
+            raise ConversionError("no known Swin has {} channels, {} blocks in stage 3, windows of {}".format(*size))
+    return replace(config, **{name: value for name, value in found.items() if value})
 
 
 def convert_state_dict(released):
     """{released name: tensor or array} -> our state dict {name: tensor}.
 
-    Raises ConversionError, listing all of them, for names that the released models do not have and for modules saved
-    twice with different values.
+    Raises ConversionError, listing all of them, for entries that are missing, unknown or misshapen for the architecture
+    that most of the entries have, and for modules saved twice with different values.
     """
-    state, problems = {}, []
-    for name, value in released.items():
-        if IGNORED.match(name):
-            continue
-        ours, value = our_name(name), torch.as_tensor(value)
-        if ours is None:
-            problems.append(f"unknown: {name} {tuple(value.shape)}")
-        elif ours in state and not torch.equal(state[ours], value):
-            problems.append(f"contradictory: {name} differs from its other copies")
+    released = {name: torch.as_tensor(value) for name, value in released.items() if not IGNORED.match(name)}
+    names, shapes = released_names(read_config(released))
+    problems = mismatches(released, {name: shapes[ours] for name, ours in names.items()})
+    first = {}
+    for name, ours in names.items():
+        if name in released and tuple(released[name].shape) == shapes[ours]:
+            if ours not in first:
+                first[ours] = name
+            elif not torch.equal(released[name], released[first[ours]]):
+                problems.append(f"contradictory: {name} should equal {first[ours]}")
+    if problems:
+        some = f"{len(problems)} entries do" if len(problems) > 1 else "1 entry does"
+        raise ConversionError(f"{some} not fit a released checkpoint:\n  " + "\n  ".join(problems))
+    return {ours: released[name] for ours, name in first.items()}
+
+
+def released_state_dict(state, config):
+    """Our state dict -> {released name: tensor}, with every name that a released checkpoint has.
+
+    Raises ConversionError for an architecture that the released code does not have, and for entries that do not fit it.
+    """
+    names, shapes = released_names(config)
+    if problems := mismatches(state, shapes):
+        raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(problems))
+    released = {name: state[ours] for name, ours in names.items()}
+    # What shapes show is right in it; the rest has to be as in a released model.
+    known = asdict(read_config(released))
+    fields = ("backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "di", "bato", "box_init")
+    ours = asdict(config)
+    if different := [f"{field} {ours[field]}" for field in fields if ours[field] != known[field]]:
+        raise ConversionError(f"the released code has no model with {', '.join(different)}")
+    return released
+
+
+def class_names(num_classes):
+    """Names of the classes of a released checkpoint, by their number: those of COCO or of BDD100K."""
+    if num_classes == 80:
+        names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+        return [name for name in names if name not in ("__background__", "N/A")]
+    return BDD100K_CLASSES if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
+
+
+def convert(source, output, trust_pickle=False):
+    """Released checkpoint -> checkpoint of this project. Returns its Config. Raises ValueError or OSError."""
+    released = read_weights(source, trust_pickle)
+    if "heads.class_head.weight" in released:
+        raise ConversionError("is a checkpoint of this project already; --reverse converts it back")
+    state = convert_state_dict(released)
+    config = read_config(released)
+    classes = class_names(config.num_classes)
+    save_checkpoint(output, {"model": state, "config": asdict(config), "classes": classes})
+    return config
+
+
+def revert(source, output):
+    """Checkpoint of this project -> {"model": released names and tensors}. Returns its Config. Raises as above."""
+    checkpoint = read_checkpoint(source)
+    try:
+        config = Config(**checkpoint["config"])
+    except TypeError as error:
+        raise InputError(f"{source}: its config is not of this version ({error})") from None
+    save_checkpoint(output, {"model": released_state_dict(checkpoint["model"], config)})
+    return config
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint that the authors of DI-MaskDINO or Mask DINO released into one that "
+        "train.py, eval.py and predict.py take. The architecture is read off the tensors' shapes.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="OFFICIAL.pth",
+        help="The released checkpoint, .pth or .pkl; with --reverse, the one to write back.",
+    )
+    parser.add_argument("output", metavar="OUT.pt", help="The file to write.")
+    parser.add_argument(
+        "--reverse",
+        action="store_true",
+        help="Convert the other way: OFFICIAL.pth is a checkpoint of this project, and OUT.pt becomes one that the "
+        "released code loads.",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="Open a file that only Python's pickle can read, such as a .pkl of Detectron2. Opening a pickle runs "
+        "whatever program it holds: use this only for a file whose source you trust.",
+    )
+    args = parser.parse_args()
+    try:
+        if not Path(args.output).resolve().parent.is_dir():
+            raise InputError(f"{args.output}: its folder does not exist; create it first")
+        if Path(args.output).exists() and Path(args.output).samefile(args.source):
+            raise InputError(f"{args.output}: is the file to convert; choose another name for the result")
+        if args.reverse:
+            config = revert(args.source, args.output)
         else:
-            state[ours] = value
-    if problems:
-        raise ConversionError("\n".join(problems))
-    return state
+            config = convert(args.source, args.output, args.trust_pickle)
+    except (ValueError, OSError) as error:
+        where = f"{args.source}: " if isinstance(error, ConversionError) else ""
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {where}{error}")
+    system = "DI-MaskDINO" if config.di else "Mask DINO"
+    print(
+        f"{args.output}: {system}, {config.backbone}, {config.num_levels} scales, {config.encoder_layers} encoder and "
+        f"{config.decoder_layers} decoder layers, {config.num_classes} classes"
+    )
 
 
-def model_for(state):
-    """The preset model whose architecture a converted state dict has; its number of classes is read off the class head.
-
-    Raises ConversionError where entries are missing, too many or misshapen for it.
-    """
-    preset = "dimaskdino_r50" if any(name.startswith("interaction.") for name in state) else "maskdino_r50"
-    if "heads.class_head.weight" not in state:
-        raise ConversionError("missing: the class head (sem_seg_head.predictor.class_embed.weight)")
-    model = build_model(preset, num_classes=len(state["heads.class_head.weight"]))
-    expected = model.state_dict()
-    problems = [f"missing: {name}" for name in expected if name not in state]
-    problems += [f"not part of {preset}: {name}" for name in state if name not in expected]
-    problems += [
-        f"misshapen: {name} is {tuple(value.shape)}, should be {tuple(expected[name].shape)}"
-        for name, value in state.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if problems:
-        raise ConversionError("\n".join(problems))
-    model.load_state_dict(state)
-    return model
+if __name__ == "__main__":
+    main()
