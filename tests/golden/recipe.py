@@ -5,6 +5,7 @@ Every tensor of a checkpoint is a pure function of its *name* and *shape*, so a
 random stream is numpy's legacy MT19937 (`RandomState`), which numpy guarantees
 never to change.
 """
+
 import gzip
 import json
 import zlib

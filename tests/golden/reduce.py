@@ -16,9 +16,9 @@ def project(x):
 def reduced(arrays):
     """What the reduced copy keeps of one file's {name: array}.
 
-    Arrays of three or more axes lose the last one (`project`); large ones become float32, whose rounding, 6e-8, lies far
-    below the tolerance of 1e-6; integers become as short as they can; the images go, since the recipe makes them; the loss
-    terms become two arrays, loss_names and loss_values.
+    Arrays of three or more axes lose the last one (`project`); large ones become float32, whose rounding, 6e-8, lies
+    far below the tolerance of 1e-6; integers become as short as they can; the images go, since the recipe makes them;
+    the loss terms become two arrays, loss_names and loss_values.
     """
     kept = {}
     for name, x in arrays.items():

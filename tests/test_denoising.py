@@ -1,0 +1,120 @@
+"""Denoising queries: groups, noise and its bounds, padding, and the attention mask."""
+
+import pytest
+import torch
+from torch import nn
+
+from denoising import denoising_queries
+from model import build_model
+
+CLASSES, WIDTH = 5, 8
+
+
+@pytest.fixture
+def embedding():
+    torch.manual_seed(0)
+    return nn.Embedding(CLASSES, WIDTH).double()
+
+
+def targets(*counts):
+    def boxes(n):
+        return torch.cat([torch.rand(n, 2) * 0.4 + 0.3, torch.rand(n, 2) * 0.3 + 0.1], 1).double()
+
+    return [{"labels": torch.randint(CLASSES, (n,)), "boxes": boxes(n)} for n in counts]
+
+
+def test_without_noise_the_queries_are_the_ground_truth(embedding):
+    batch = targets(3, 2)
+    content, boxes, _, groups = denoising_queries(batch, embedding, 4, num_queries=100, noise_scale=0)
+    assert groups == 33 and content.shape == (2, 99, WIDTH) and boxes.shape == (2, 99, 4)
+    assert content.dtype == boxes.dtype == torch.float64
+    for b, target in enumerate(batch):
+        n = len(target["labels"])
+        for group in range(groups):  # query g * n_max + i is instance i in group g
+            own = slice(3 * group, 3 * group + n)
+            assert torch.equal(content[b, own], embedding(target["labels"]))
+            torch.testing.assert_close(boxes[b, own], target["boxes"], rtol=1e-12, atol=0)
+    padding = torch.arange(99) % 3 == 2
+    assert (content[1, padding] == 0).all() and (boxes[1, padding] == 0.5).all()
+    assert content.requires_grad
+
+
+def test_number_of_groups(embedding):
+    for counts, num_queries, groups in [((1, 0), 100, 100), ((7, 3), 100, 14), ((100,), 100, 1), ((4,), 11, 2)]:
+        content, boxes, mask, found = denoising_queries(targets(*counts), embedding, 6, num_queries)
+        assert found == groups
+        assert content.shape[1] == boxes.shape[1] == groups * max(counts)
+        assert mask.shape == (groups * max(counts) + 6,) * 2
+
+
+@pytest.mark.parametrize("counts", [(0,), (0, 0), (101, 3)])
+def test_none_without_instances_and_with_too_many(embedding, counts):
+    assert denoising_queries(targets(*counts), embedding, 6, 100) is None
+
+
+def test_attention_mask(embedding):
+    _, _, mask, groups = denoising_queries(targets(2, 3), embedding, 4, num_queries=9)
+    assert groups == 3 and mask.dtype == torch.bool
+    for query in range(13):
+        for key in range(13):
+            seen = key >= 9 or (query < 9 and query // 3 == key // 3)  # matching queries, or the own group
+            assert mask[query, key] == (not seen)
+
+
+@pytest.mark.parametrize("noise_scale", [0.4, 1.0])
+def test_noise_keeps_its_bounds_and_fills_them(embedding, noise_scale):
+    torch.manual_seed(1)
+    batch = targets(2)
+    batch[0]["boxes"] = torch.tensor([[0.5, 0.4, 0.2, 0.3], [0.6, 0.5, 0.1, 0.2]]).double()
+    _, boxes, _, groups = denoising_queries(batch, embedding, 4, 2000, noise_scale)
+    assert groups == 1000
+    truth = batch[0]["boxes"]
+    noise = (boxes.view(groups, 2, 4) - truth) / truth[:, [2, 3, 2, 3]] / torch.tensor([0.5, 0.5, 1, 1])
+    assert noise.abs().max() <= noise_scale + 1e-4  # sides near 0 are kept at 1e-5
+    assert noise.amax((0, 1)).min() > 0.98 * noise_scale and noise.amin((0, 1)).max() < -0.98 * noise_scale
+    assert noise.mean((0, 1)).abs().max() < 0.1 * noise_scale  # uniform: standard error 0.013 * noise_scale
+    torch.testing.assert_close(noise.std((0, 1)) / noise_scale, torch.full((4,), 3**-0.5).double(), rtol=0.05, atol=0)
+
+
+def test_noisy_boxes_stay_in_the_image(embedding):
+    batch = targets(1)
+    batch[0]["boxes"] = torch.tensor([[0.02, 0.98, 1.0, 1.0]]).double()
+    _, boxes, _, _ = denoising_queries(batch, embedding, 4, 1000, 1.0)
+    assert ((boxes > 0) & (boxes < 1)).all() and boxes[..., 0].min() < 2e-5 and boxes[..., 1].max() > 1 - 2e-5
+
+
+def test_a_fifth_of_the_labels_becomes_random(embedding):
+    torch.manual_seed(1)
+    batch = targets(1)
+    batch[0]["labels"] = torch.tensor([2])
+    content, _, _, groups = denoising_queries(batch, embedding, 4, 10000, 0.4)
+    label = (content[0, :, None] == embedding.weight).all(-1).int().argmax(-1)
+    share = label.bincount(minlength=CLASSES) / groups
+    wanted = torch.tensor([0.04, 0.04, 0.84, 0.04, 0.04])  # a fifth is redrawn, from all classes
+    assert (share - wanted).abs().max() < 0.015
+
+
+def test_matching_predictions_do_not_see_the_denoising_queries():
+    torch.manual_seed(0)
+    model = build_model("tiny", num_classes=CLASSES, encoder_layers=1).double().train()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        alone = model(images)
+        for count in (1, 4):
+            outputs = model(images, targets(count))
+            for ours, theirs in zip([*alone["aux_outputs"], alone], [*outputs["aux_outputs"], outputs], strict=True):
+                for name in ("pred_logits", "pred_boxes", "pred_masks"):
+                    torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9)
+
+
+def test_groups_do_not_see_each_other():
+    torch.manual_seed(0)
+    model = build_model("tiny", num_classes=CLASSES, encoder_layers=1, denoising_queries=50, noise_scale=0.0)
+    model.double().train()
+    with torch.no_grad():
+        outputs = model(torch.rand(1, 3, 64, 64), targets(4))["dn_outputs"]
+    groups = outputs["num_groups"]
+    assert groups == 12  # 50 // 4
+    for layer in [outputs, *outputs["aux_outputs"]]:
+        by_group = layer["pred_logits"].unflatten(1, (groups, 4))
+        torch.testing.assert_close(by_group, by_group[:, :1].expand_as(by_group), rtol=1e-9, atol=1e-9)
