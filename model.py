@@ -1,5 +1,6 @@
 """DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: configuration, presets, the model, and its detections."""
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -41,9 +42,13 @@ class Config:
     num_guiding: int = 50  # queries that guide
     decoder_layers: int = 6
     feedforward_dim: int = 2048  # of interaction, decoder and BATO
+    class_prior: float | None = None  # probability that the class head starts from; None: about 1/2
     denoising_queries: int = 100
     noise_scale: float = 0.4  # of denoising labels and boxes
     loss_points: int = 12544  # sampled per mask, in the matching and in the losses
+    train_size: int = 1024  # side of the training crop, in pixels
+    train_scale: tuple[float, float] = (0.1, 2.0)  # range of the large-scale jitter
+    test_size: tuple[int, int] = (800, 1333)  # shorter side, and longer side at most, in evaluation
     grad_checkpoint: bool = False  # save memory in training: compute every layer's inner values once more
     class_weight: float = 4.0
     box_weight: float = 5.0
@@ -67,13 +72,17 @@ PRESETS = {
         hidden_dim=128,
         encoder_layers=2,
         encoder_feedforward_dim=256,
-        k1=100,
-        k2=50,
-        num_guiding=20,
+        k1=60,
+        k2=30,
+        num_guiding=15,
         decoder_layers=3,
         feedforward_dim=256,
-        denoising_queries=50,
-        loss_points=1024,
+        class_prior=0.01,
+        denoising_queries=30,
+        loss_points=256,
+        train_size=96,
+        train_scale=(0.8, 1.25),
+        test_size=(96, 192),
     ),
 }
 
@@ -237,3 +246,62 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100):
             }
         )
     return detections
+
+
+class InputError(ValueError):
+    """A checkpoint or setting that cannot be used; the message is one line: what, where, what to do."""
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file of `train.py` or `convert.py`, on the CPU.
+
+    {"model": state dict, "config": fields of Config, "classes": names, ...}, see `train.py`.
+    Raises InputError for a missing, damaged or foreign file; nothing in the file is executed.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the checkpoint file in it") from None
+    except Exception as error:  # torch.load raises whatever zip, pickle and its own checks come across
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint, perhaps truncated ({reason[:100]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "config", "classes"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of this project; run convert.py on a released one")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError."""
+    checkpoint = read_checkpoint(path)
+    try:
+        model = DIMaskDINO(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its weights and its config do not fit ({reason})") from None
+    return model.to(device).eval(), checkpoint
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def choose_device(name):
+    """torch.device of "cpu", "cuda", ... or, for "auto", a GPU if there is one. Raises InputError for one not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; use cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no usable CUDA GPU here; use --device cpu")
+    return device
