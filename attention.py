@@ -224,7 +224,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The second half of every post-norm transformer layer here: LayerNorm(x + W2 ReLU(W1 x)), (..., dim) -> (..., dim)."""
+    """The second half of every transformer layer here: LayerNorm(x + W2 ReLU(W1 x)), (..., dim) -> (..., dim)."""
 
     def __init__(self, dim, hidden_dim):
         super().__init__()
@@ -237,7 +237,7 @@ class FeedForward(nn.Module):
 
 
 def xavier_matrices_(module):
-    """Xavier-uniform values for every matrix below `module`, as the transformer layers start; the rest stays as it is."""
+    """Xavier-uniform values for every matrix below `module`, as transformer layers start; the rest stays as it is."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)

@@ -182,12 +182,14 @@ def released_state_dict(state, config):
     return released
 
 
-def class_names(num_classes):
-    """Names of the classes of a released checkpoint, by their number: those of COCO or of BDD100K."""
+def categories(num_classes):
+    """Names and category ids of the classes of a released checkpoint, by their number: COCO's 80 or BDD100K's 8."""
     if num_classes == 80:
-        names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-        return [name for name in names if name not in ("__background__", "N/A")]
-    return BDD100K_CLASSES if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
+        names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by category id, with gaps
+        known = {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}
+        return list(known.values()), list(known)
+    names = BDD100K_CLASSES if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
+    return names, list(range(1, num_classes + 1))
 
 
 def convert(source, output, trust_pickle=False):
@@ -197,8 +199,8 @@ def convert(source, output, trust_pickle=False):
         raise ConversionError("is a checkpoint of this project already; --reverse converts it back")
     state = convert_state_dict(released)
     config = read_config(released)
-    classes = class_names(config.num_classes)
-    save_checkpoint(output, {"model": state, "config": asdict(config), "classes": classes})
+    classes, ids = categories(config.num_classes)
+    save_checkpoint(output, {"model": state, "config": asdict(config), "classes": classes, "category_ids": ids})
     return config
 
 

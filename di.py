@@ -1,4 +1,4 @@
-"""De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores first, and the interaction between selected tokens.
+"""De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores, and the interaction between tokens.
 
 The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is that layer's
 cross-attention from the selected tokens T_s2 to the initial tokens T_i.
@@ -41,7 +41,7 @@ def candidate_boxes(level_shapes, like):
 
 
 class CandidateTokens(nn.Module):
-    """The tokens that the first selection scores: LayerNorm(Linear(T_i)), zero at the input where the box is invalid."""
+    """The tokens that the first selection scores: LayerNorm(Linear(T_i)), with T_i zero where the box is invalid."""
 
     def __init__(self, config):
         super().__init__()
@@ -108,7 +108,7 @@ class TokenInteraction(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     def forward(self, t_s1, boxes):
-        """t_s1 (B, k1, C), boxes (B, k1, 4) cxcywh. Returns per layer the tokens and the refined boxes, of these shapes."""
+        """t_s1 (B, k1, C), boxes (B, k1, 4) cxcywh. Returns per layer the tokens and the refined boxes, same shapes."""
         states, x = [], t_s1
         for layer in self.layers:
             boxes = boxes.detach()

@@ -1,4 +1,4 @@
-"""Feature tokens extractor (Sec. 3.2.1): the deformable encoder that gives T_i, and the pixel features F for the masks."""
+"""Feature tokens extractor (Sec. 3.2.1): the deformable encoder that gives T_i, and the pixel features F for masks."""
 
 import torch
 import torch.nn.functional as F

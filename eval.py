@@ -73,9 +73,7 @@ def run_program(main):
     try:
         main()
     except (DataError, InputError) as error:
-        # A loader process sends its traceback along; the message is the last line, behind the error's name.
-        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def coco_results(detections, image_id, category_ids):
@@ -185,13 +183,11 @@ def check_classes(path, trained, present):
     """Raise InputError unless the checkpoint's class names are those of the data set, in the same order."""
     if len(trained) != len(present):
         raise InputError(
-            f"{path}: was trained for {len(trained)} classes, the data set has {len(present)}; give the one it belongs to"
+            f"{path}: was trained for {len(trained)} classes, the data set has {len(present)}; give the one it fits"
         )
     for a, b in zip(trained, present, strict=True):
         if a != b:
-            raise InputError(
-                f"{path}: was trained for a class {a!r} where the data set has {b!r}; give the one it belongs to"
-            )
+            raise InputError(f"{path}: was trained for class {a!r} where the data set has {b!r}; give the one it fits")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def sample_points(maps, points):
 
 
 def sample_masks(masks, points):
-    """`sample_points` of bool masks (N, H, W), in the dtype of the points; the masks are never copied to floats whole."""
+    """`sample_points` of bool masks (N, H, W), in the dtype of the points, without a float copy of whole masks."""
     H, W = masks.shape[1:]
     flat = masks.flatten(1)
     corner = points * points.new_tensor([W, H]) - 0.5  # in pixels, a pixel's centre on its index

@@ -69,7 +69,8 @@ PRESETS = {
         num_classes=10,
         backbone="resnet18",
         frozen_batch_norm=False,
-        hidden_dim=128,
+        hidden_dim=64,
+        num_heads=4,
         encoder_layers=2,
         encoder_feedforward_dim=256,
         k1=60,
@@ -235,7 +236,8 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100):
         masks = masks[..., :height, :width]
         masks = F.interpolate(masks, (out_height, out_width), mode="bilinear", align_corners=False)[:, 0]
         inside = masks > 0
-        quality = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        area = inside.sum((1, 2)).to(masks)
+        quality = (masks.sigmoid() * inside).sum((1, 2)) / (area + 1e-6)
         final, order = (scores[b] * quality).sort(descending=True, stable=True)
         detections.append(
             {

@@ -196,11 +196,11 @@ def test_parameter_counts(system):
     assert parameters(system) == listed == published.get(system, listed)
 
 
-def test_class_names():
-    coco = convert.class_names(80)
+def test_categories():
+    coco, ids = convert.categories(80)
     assert len(coco) == len(set(coco)) == 80 and (coco[0], coco[11], coco[79]) == ("person", "stop sign", "toothbrush")
-    assert convert.class_names(8)[0] == "pedestrian" and len(convert.class_names(8)) == 8
-    assert convert.class_names(3) == ["class 0", "class 1", "class 2"]
+    assert convert.categories(8)[0][0] == "pedestrian" and convert.categories(8)[1] == list(range(1, 9))
+    assert convert.categories(3) == (["class 0", "class 1", "class 2"], [1, 2, 3])
 
 
 def test_models_that_were_not_released_are_not_reverted():

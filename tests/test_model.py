@@ -379,7 +379,6 @@ def test_postprocess_enlarges_only_the_selected_masks(monkeypatch):
     assert set(sizes) == {5}
 
 
-@pytest.mark.xfail(strict=True, reason="the mask's area plus 1e-6 is float32: integer plus number")
 def test_postprocess_computes_in_the_dtype_of_its_input():
     outputs = {name: value.double() for name, value in made_up_outputs().items()}
     with Float32Finder() as finder:
