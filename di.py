@@ -1,6 +1,6 @@
 """De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores, and the interaction between tokens.
 
-The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is that layer's
+The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is its
 cross-attention from the selected tokens T_s2 to the initial tokens T_i.
 """
 
