@@ -85,21 +85,23 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
     Same arguments and result as `ms_deform_attn`; half types are computed in float32.
     """
     B, _, M, D = value.shape
-    _, Q, _, L, P, _ = sampling_locations.shape
+    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
     dtype = value.dtype
     if dtype in (torch.float16, torch.bfloat16):
         value, sampling_locations, attention_weights = (
             x.float() for x in (value, sampling_locations, attention_weights)
         )
-    grids = (2 * sampling_locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
-    weights = attention_weights.permute(0, 2, 3, 1, 4).reshape(B * M, L, 1, Q, P)
+    grids = (2 * sampling_locations - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (B*M, L, P, Q, 2)
+    weights = attention_weights.permute(0, 2, 3, 4, 1).flatten(0, 1)  # (B*M, L, P, Q)
     out = value.new_zeros(B * M, D, Q)
-    for level, (tokens, (height, width)) in enumerate(
-        zip(value.split([h * w for h, w in level_shapes], dim=1), level_shapes, strict=True)
-    ):
+    sizes = [height * width for height, width in level_shapes]
+    for level, (tokens, (height, width)) in enumerate(zip(value.split(sizes, dim=1), level_shapes, strict=True)):
+        if height * width == 0:
+            continue
         maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
-        sampled = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, Q, P)
-        out = out + (sampled * weights[:, level]).sum(-1)
+        for point in range(P):  # one at a time: the samples of all points are P times the output's memory
+            samples = F.grid_sample(maps, grids[:, level, None, point], padding_mode="zeros", align_corners=False)
+            out = torch.addcmul(out, samples[:, :, 0], weights[:, level, None, point])
     return out.view(B, M * D, Q).transpose(1, 2).to(dtype)
 
 

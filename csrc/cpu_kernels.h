@@ -12,7 +12,6 @@ namespace dimaskdino {
 namespace KERNELS {
 namespace {
 
-constexpr int AHEAD = 4;
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")  // sums over blocks of channels stay in registers
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -90,16 +89,17 @@ INLINE Float4 narrow(const Float8& v) {  // lane k + lane k + 4
 }
 INLINE Double4 narrow(const Double4& v) { return v; }
 
-// out[c] += sum over the lanes of v[c], for four vectors
-template <typename A> INLINE void add_sums(A* out, const typename VectorOf<A>::Type* v) {
+// out[c] += sum over the lanes of v[c], for those of four vectors whose bit c is set
+template <typename A> INLINE void add_sums(A* out, const typename VectorOf<A>::Type* v, int bits) {
   using Narrow = typename VectorOf<A>::Narrow;
-  using Index [[maybe_unused]] = typename VectorOf<A>::Index;
+  using Index = typename VectorOf<A>::Index;
   const Narrow a = narrow(v[0]), b = narrow(v[1]), c = narrow(v[2]), d = narrow(v[3]);
   const Narrow ab = SHUFFLE(Index, a, b, 0, 4, 1, 5) + SHUFFLE(Index, a, b, 2, 6, 3, 7);
   const Narrow cd = SHUFFLE(Index, c, d, 0, 4, 1, 5) + SHUFFLE(Index, c, d, 2, 6, 3, 7);
+  const Narrow sums = SHUFFLE(Index, ab, cd, 0, 1, 4, 5) + SHUFFLE(Index, ab, cd, 2, 3, 6, 7);
   Narrow sum;
   __builtin_memcpy(&sum, out, sizeof sum);
-  sum += SHUFFLE(Index, ab, cd, 0, 1, 4, 5) + SHUFFLE(Index, ab, cd, 2, 3, 6, 7);
+  sum += (Narrow)((Index)sums & ((Index{1, 2, 4, 8} & bits) != 0));
   __builtin_memcpy(out, &sum, sizeof sum);
 }
 
@@ -121,17 +121,20 @@ INLINE void split_pairs(const double* p, Double4& x, Double4& y) {
 }
 
 // Where the samples of one query lie, an array per quantity. The corners of a sample's cell are numbered
-// 0 = (y0, x0), 1 = (y0, x1), 2 = (y1, x0), 3 = (y1, x1).
+// 0 = (y0, x0), 1 = (y0, x1), 2 = (y1, x0), 3 = (y1, x1). A corner outside the map has weight 0 and the place of the
+// nearest corner inside, so that no loop needs a branch for it and yet no value is read that does not count.
 template <typename A, typename Int> struct Cells {
-  A *dx, *dy;    // position within the cell, in [0, 1)
-  A* corner[4];  // bilinear weight of each corner times the attention weight
-  Int* token;    // index of corner 0
-  Int* inside;   // bit c: corner c lies in the map
+  A *dx, *dy;             // position within the cell, in [0, 1)
+  A* corner[4];           // bilinear weight of each corner times the attention weight
+  Int* inside;            // bit c: corner c lies in the map; 0: the sample contributes nothing
+  Int *token, *right, *down;  // corner 0; the tokens from x0 to x1 (1, or 0 at an edge) and from y0 to y1
 
   INLINE Cells(A* scratch, int64_t n)
       : dx(scratch), dy(scratch + n),
-        corner{scratch + 2 * n, scratch + 3 * n, scratch + 4 * n, scratch + 5 * n},
-        token((Int*)(scratch + 6 * n)), inside((Int*)(scratch + 7 * n)) {}
+        corner{scratch + 2 * n, scratch + 3 * n, scratch + 4 * n, scratch + 5 * n}, inside((Int*)(scratch + 6 * n)),
+        token((Int*)(scratch + 7 * n)), right((Int*)(scratch + 8 * n)), down((Int*)(scratch + 9 * n)) {}
+
+  INLINE int64_t token_of(int c, int64_t i) const { return token[i] + (c & 1 ? right[i] : 0) + (c & 2 ? down[i] : 0); }
 };
 
 // The one place that turns locations into cells. The comparisons are false for NaN and for whatever touches no cell of
@@ -145,45 +148,49 @@ INLINE void locate(const Head<T>& head, const A* location, const A* weight, cons
   const int64_t n = head.samples;
   A last_location[2 * N] = {}, last_weight[N] = {};
   for (int64_t i = 0; i < n; i += N) {
-    if (i + N > n) {  // the arrays of the caller end here
+    const bool whole = i + N <= n;
+    if (!whole) {  // the caller's arrays end within this vector
       for (int64_t j = i; j < n; ++j) {
         last_location[2 * (j - i)] = location[2 * j];
         last_location[2 * (j - i) + 1] = location[2 * j + 1];
         last_weight[j - i] = weight[j];
       }
     }
-    const bool whole = i + N <= n;
     const Real width = load(head.width + i), height = load(head.height + i);
+    const Whole columns = load(head.columns + i), rows = load(head.rows + i);
     const Real w = load(whole ? weight + i : last_weight);
     Real x, y;
     split_pairs(whole ? location + 2 * i : last_location, x, y);
     x = x * width - (A)0.5;
     y = y * height - (A)0.5;
-    const Whole touches = (x >= (A)-1) & (x < width) & (y >= (A)-1) & (y < height);
+    const Whole touches =
+        (x >= (A)-1) & (x < width) & (y >= (A)-1) & (y < height) & (columns > 0) & (rows > 0);
     x = (Real)((Whole)x & touches);
     y = (Real)((Whole)y & touches);
     Whole x0 = __builtin_convertvector(x, Whole), y0 = __builtin_convertvector(y, Whole);
     x0 += (Whole)(__builtin_convertvector(x0, Real) > x);  // from rounding towards zero to rounding down
     y0 += (Whole)(__builtin_convertvector(y0, Real) > y);
     const Real dx = x - __builtin_convertvector(x0, Real), dy = y - __builtin_convertvector(y0, Real);
-    const Real upper_weight = (1 - dy) * w, lower_weight = dy * w;
-    const Whole columns = load(head.columns + i), rows = load(head.rows + i);
     const Whole left = (x0 >= 0) & touches, right = (x0 + 1 < columns) & touches;
     const Whole upper = y0 >= 0, lower = y0 + 1 < rows;
+    const Real upper_weight = (1 - dy) * w, lower_weight = dy * w;
     store(cells.dx + i, dx);
     store(cells.dy + i, dy);
-    store(cells.corner[0] + i, upper_weight * (1 - dx));
-    store(cells.corner[1] + i, upper_weight * dx);
-    store(cells.corner[2] + i, lower_weight * (1 - dx));
-    store(cells.corner[3] + i, lower_weight * dx);
-    store(cells.token + i, load(head.start + i) + y0 * columns + x0);
+    store(cells.corner[0] + i, (Real)((Whole)(upper_weight * (1 - dx)) & upper & left));
+    store(cells.corner[1] + i, (Real)((Whole)(upper_weight * dx) & upper & right));
+    store(cells.corner[2] + i, (Real)((Whole)(lower_weight * (1 - dx)) & lower & left));
+    store(cells.corner[3] + i, (Real)((Whole)(lower_weight * dx) & lower & right));
     store(cells.inside + i, (upper & left & 1) | (upper & right & 2) | (lower & left & 4) | (lower & right & 8));
+    store(cells.token + i, load(head.start + i) + (y0 & upper) * columns + (x0 & left));
+    store(cells.right + i, left & right & 1);
+    store(cells.down + i, upper & lower & columns);
   }
 }
 
-// The rows of one head lie apart, which the processor does not foresee.
-template <typename T> INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+// A head's rows lie a row of all heads apart, which the processor does not foresee: ask for those of a later query.
+constexpr int AHEAD = 4;
+template <bool to_write = false, typename T> INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, to_write);
 }
 
 template <int n> struct Count { static constexpr int value = n; };
@@ -200,8 +207,10 @@ INLINE void for_channels(int64_t channels, const Vectors& vectors, const Single&
   for (; d < channels; ++d) single(d);
 }
 
-template <typename T>
-void forward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>::A* scratch) {
+// `values` is head.packed or head.value
+template <typename T, typename V>
+INLINE void forward_from(const V* values, const Head<T>& head, int64_t begin, int64_t end,
+                         typename Traits<T>::A* scratch) {
   using A = typename Traits<T>::A;
   constexpr int N = lanes<T>();
   const int64_t stride = head.value_stride;
@@ -219,24 +228,16 @@ void forward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>
           Vector<T> sum[K];
           UNROLL for (int k = 0; k < K; ++k) sum[k] = Vector<T>{};
           for (int64_t i = 0; i < head.samples; ++i) {
-            const int inside = (int)cells.inside[i];
-            const T* cell = head.value + (int64_t)cells.token[i] * stride + d;
-            const int64_t row = (int64_t)head.columns[i] * stride;
-            if (inside == 15) {
-              const A w0 = cells.corner[0][i], w1 = cells.corner[1][i];
-              const A w2 = cells.corner[2][i], w3 = cells.corner[3][i];
-              UNROLL for (int k = 0; k < K; ++k) {  // apart from `sum`, so that samples wait for one addition each
-                Vector<T> sample = w0 * load(cell + k * N);
-                sample += w1 * load(cell + stride + k * N);
-                sample += w2 * load(cell + row + k * N);
-                sample += w3 * load(cell + row + stride + k * N);
-                sum[k] += sample;
-              }
-            } else {
-              for (int c = 0; c < 4; ++c)
-                if (inside >> c & 1)
-                  UNROLL for (int k = 0; k < K; ++k)
-                    sum[k] += cells.corner[c][i] * load(cell + (c & 1) * stride + (c >> 1) * row + k * N);
+            if (!cells.inside[i]) continue;
+            const V* cell = values + (int64_t)cells.token[i] * stride + d;
+            const int64_t right = (int64_t)cells.right[i] * stride, down = (int64_t)cells.down[i] * stride;
+            const A w0 = cells.corner[0][i], w1 = cells.corner[1][i], w2 = cells.corner[2][i], w3 = cells.corner[3][i];
+            UNROLL for (int k = 0; k < K; ++k) {  // apart from `sum`, so that samples wait for one addition each
+              Vector<T> sample = w0 * load(cell + k * N);
+              sample += w1 * load(cell + right + k * N);
+              sample += w2 * load(cell + down + k * N);
+              sample += w3 * load(cell + down + right + k * N);
+              sum[k] += sample;
             }
           }
           UNROLL for (int k = 0; k < K; ++k) store(output + d + k * N, sum[k]);
@@ -244,28 +245,29 @@ void forward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>
         [&](int64_t d) INLINE_LAMBDA {
           A sum = 0;
           for (int64_t i = 0; i < head.samples; ++i)
-            for (int c = 0; c < 4; ++c)
-              if (cells.inside[i] >> c & 1) {
-                const int64_t token = (int64_t)cells.token[i] + (c & 1) + (c >> 1) * (int64_t)head.columns[i];
-                sum += cells.corner[c][i] * load_one(head.value + token * stride + d);
-              }
+            if (cells.inside[i])
+              for (int c = 0; c < 4; ++c)
+                sum += cells.corner[c][i] * load_one(values + cells.token_of(c, i) * stride + d);
           store_one(output + d, sum);
         });
   }
 }
 
-template <typename T>
-void backward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>::A* scratch) {
+template <typename T, typename V>
+INLINE void backward_from(const V* values, const Head<T>& head, int64_t begin, int64_t end,
+                          typename Traits<T>::A* scratch) {
   using A = typename Traits<T>::A;
   constexpr int N = lanes<T>();
   const int64_t n = head.samples, stride = head.value_stride, grad_stride = head.grad_value_stride;
   const Cells<A, typename Traits<T>::Int> cells(scratch, padded(n));
-  A* __restrict dots = scratch + 8 * padded(n);  // (samples, 4): grad_output . value of each corner, 0 outside the map
+  A* __restrict dots = scratch + 10 * padded(n);  // (samples, 4): grad_output . value of each corner, 0 outside the map
 
   for (int64_t q = begin; q < end; ++q) {
     prefetch(head.location + (q + AHEAD) * head.sample_stride * 2, 2 * n);
     prefetch(head.weight + (q + AHEAD) * head.sample_stride, n);
     prefetch(head.grad_output + (q + AHEAD) * head.output_stride, head.channels);
+    prefetch<true>(head.grad_location + (q + AHEAD) * head.sample_stride * 2, 2 * n);
+    prefetch<true>(head.grad_weight + (q + AHEAD) * head.sample_stride, n);
     const A* weight = head.weight + q * head.sample_stride;
     locate(head, head.location + q * head.sample_stride * 2, weight, cells);
     const T* grad_output = head.grad_output + q * head.output_stride;
@@ -278,24 +280,19 @@ void backward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T
           UNROLL for (int k = 0; k < K; ++k) grad[k] = load(grad_output + d + k * N);
           for (int64_t i = 0; i < n; ++i) {
             const int inside = (int)cells.inside[i];
-            const int64_t token = cells.token[i], columns = head.columns[i];
-            Vector<T> products[4] = {Vector<T>{}, Vector<T>{}, Vector<T>{}, Vector<T>{}};
-            const auto corner = [&](int c) INLINE_LAMBDA {
-              const int64_t at = token + (c & 1) + (c >> 1) * columns;
-              const T* value = head.value + at * stride + d;
-              A* grad_value = head.grad_value + at * grad_stride + d;
+            if (!inside) continue;
+            Vector<T> products[4];
+            UNROLL for (int c = 0; c < 4; ++c) {
+              const int64_t token = cells.token_of(c, i);
+              const V* value = values + token * stride + d;
+              A* grad_value = head.grad_value + token * grad_stride + d;
+              products[c] = Vector<T>{};
               UNROLL for (int k = 0; k < K; ++k) {
                 products[c] += grad[k] * load(value + k * N);
                 store(grad_value + k * N, load(grad_value + k * N) + cells.corner[c][i] * grad[k]);
               }
-            };
-            if (inside == 15) {
-              corner(0); corner(1); corner(2); corner(3);
-            } else if (inside) {
-              for (int c = 0; c < 4; ++c)
-                if (inside >> c & 1) corner(c);
             }
-            add_sums<A>(dots + 4 * i, products);
+            add_sums<A>(dots + 4 * i, products, inside);
           }
         },
         [&](int64_t d) INLINE_LAMBDA {
@@ -303,9 +300,9 @@ void backward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T
           for (int64_t i = 0; i < n; ++i)
             for (int c = 0; c < 4; ++c)
               if (cells.inside[i] >> c & 1) {
-                const int64_t at = (int64_t)cells.token[i] + (c & 1) + (c >> 1) * (int64_t)head.columns[i];
-                dots[4 * i + c] += grad * load_one(head.value + at * stride + d);
-                head.grad_value[at * grad_stride + d] += cells.corner[c][i] * grad;
+                const int64_t token = cells.token_of(c, i);
+                dots[4 * i + c] += grad * load_one(values + token * stride + d);
+                head.grad_value[token * grad_stride + d] += cells.corner[c][i] * grad;
               }
         });
 
@@ -320,6 +317,18 @@ void backward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T
       grad_location[2 * i + 1] = weight[i] * head.height[i] * (lower - upper);
     }
   }
+}
+
+template <typename T>
+void forward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>::A* scratch) {
+  if (head.packed) forward_from(head.packed, head, begin, end, scratch);
+  else forward_from(head.value, head, begin, end, scratch);
+}
+
+template <typename T>
+void backward(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>::A* scratch) {
+  if (head.packed) backward_from(head.packed, head, begin, end, scratch);
+  else backward_from(head.value, head, begin, end, scratch);
 }
 
 }  // namespace

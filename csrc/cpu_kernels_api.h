@@ -24,7 +24,8 @@ template <typename T> struct Head {
 
   int64_t channels;
   const T* value;  // token 0, channel 0
-  int64_t value_stride;  // from token to token
+  const A* packed;  // the same in the other type, or null; the kernels then read this instead
+  int64_t value_stride;  // from token to token, of what they read
   const A* location;  // query 0; (x, y) of every sample
   const A* weight;
   int64_t sample_stride;  // from query to query, in samples
@@ -45,7 +46,7 @@ template <typename T> struct Kernels {
   void (*backward)(const Head<T>& head, int64_t begin, int64_t end, typename Traits<T>::A* scratch);
 };
 constexpr int64_t padded(int64_t samples) { return (samples + 7) / 8 * 8; }
-constexpr int64_t scratch_size(int64_t samples) { return 12 * padded(samples); }
+constexpr int64_t scratch_size(int64_t samples) { return 14 * padded(samples); }
 
 namespace baseline { template <typename T> Kernels<T> kernels(); }
 namespace avx2 { template <typename T> Kernels<T> kernels(); }

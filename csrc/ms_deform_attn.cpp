@@ -87,7 +87,7 @@ template <typename T> struct Call {
 
   // Values of a head lie a row of all heads apart, as a rule a power of two, and at such distances they share a small
   // part of the cache. Where tokens are visited about once or more, a head's values (and gradients) are first copied
-  // to memory of their own.
+  // to memory of their own, in the type that the kernels compute in.
   bool worth_packing() const { return sizes.queries * sizes.samples() >= sizes.tokens; }
 
   // Tasks that a thread should get at least (32768 numbers in all), so that small problems do not pay for threads
@@ -97,35 +97,40 @@ template <typename T> struct Call {
   }
 };
 
+// A bfloat16 is the upper half of a float.
+inline float convert(BFloat16 from) { return c10::detail::f32_from_bits(from.bits); }
+inline BFloat16 convert(float from) { return {c10::detail::round_to_nearest_even(from)}; }
+
 template <typename From, typename To>
 void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
     if constexpr (std::is_same_v<From, To>) {
       std::memcpy(to, from, columns * sizeof(To));
     } else {
-      for (int64_t column = 0; column < columns; ++column) to[column].bits = c10::BFloat16(from[column]).x;
+      for (int64_t column = 0; column < columns; ++column) to[column] = convert(from[column]);
     }
   }
 }
 
 // A task is a range of one head's queries. Its result is the same in every division into ranges.
 template <typename T> void forward(const Call<T>& call, const at::Tensor& output) {
+  using A = typename Traits<T>::A;
   const Sizes& sizes = call.sizes;
   const int64_t heads = sizes.batch * sizes.heads;
   const int64_t ranges = (2 * at::get_num_threads() - 1) / heads + 1, length = (sizes.queries - 1) / ranges + 1;
   const bool pack = call.worth_packing();
   at::parallel_for(0, heads * ranges, call.grain_size(heads * ranges), [&](int64_t begin, int64_t end) {
-    std::vector<typename Traits<T>::A> scratch(scratch_size(sizes.samples()));
-    const at::Tensor packed = at::empty({pack ? sizes.tokens : 0, sizes.channels}, call.value.options());
+    std::vector<A> scratch(scratch_size(sizes.samples()));
+    const at::Tensor packed = at::empty({pack ? sizes.tokens : 0, sizes.channels}, call.weights.options());
     int64_t packed_head = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / ranges / sizes.heads, m = task / ranges % sizes.heads, first = task % ranges * length;
       Head<T> head = call.head(b, m, 0, sizes.levels);
       if (pack) {
         if (packed_head != task / ranges)
-          copy_rows(head.value, head.value_stride, data<T>(packed), sizes.channels, sizes.tokens, sizes.channels);
+          copy_rows(head.value, head.value_stride, data<A>(packed), sizes.channels, sizes.tokens, sizes.channels);
         packed_head = task / ranges;
-        head.value = data<T>(packed);
+        head.packed = data<A>(packed);
         head.value_stride = sizes.channels;
       }
       head.output = data<T>(output) + call.first_output(b, m);
@@ -146,7 +151,7 @@ void backward(const Call<T>& call, const at::Tensor& grad_output, const at::Tens
   const bool pack = call.worth_packing(), separate_sums = pack || !std::is_same_v<T, A>;
   at::parallel_for(0, heads * parts, call.grain_size(heads * parts), [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(scratch_size(sizes.samples()));
-    const at::Tensor packed = at::empty({pack ? sizes.tokens : 0, channels}, call.value.options());
+    const at::Tensor packed = at::empty({pack ? sizes.tokens : 0, channels}, call.weights.options());
     const at::Tensor sums = at::empty({separate_sums ? sizes.tokens : 0, channels}, call.weights.options());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / parts / sizes.heads, m = task / parts % sizes.heads, level = task % parts * levels;
@@ -156,9 +161,9 @@ void backward(const Call<T>& call, const at::Tensor& grad_output, const at::Tens
       head.grad_location = data<A>(grad_locations) + (head.location - data<const A>(call.locations));
       head.grad_weight = data<A>(grad_weights) + (head.weight - data<const A>(call.weights));
       if (pack) {
-        copy_rows(head.value + token * head.value_stride, head.value_stride, data<T>(packed) + token * channels,
+        copy_rows(head.value + token * head.value_stride, head.value_stride, data<A>(packed) + token * channels,
                   channels, tokens, channels);
-        head.value = data<T>(packed);
+        head.packed = data<A>(packed);
         head.value_stride = channels;
       }
       T* result = data<T>(grad_value) + call.first_value(b, m) + token * sizes.heads * channels;
