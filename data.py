@@ -499,7 +499,7 @@ SHAPES_VERSION = 1  # to be raised when the pictures change, so that old ones ar
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 30
 
 
-def make_shapes(root, train=2000, val=250, size=128, seed=0):
+def make_shapes(root, train=2000, val=250, size=64, seed=0):
     """Write the generated data set `shapes` to the folder `root` in COCO layout, unless it is there already.
 
     `train` and `val` images of size x size pixels with 2 to 7 overlapping shapes each, one class per outline; textures
@@ -560,6 +560,8 @@ def _shapes_settings(path):
 def draw_shapes(rng, size):
     """One image of `shapes`: pixels (size, size, 3) uint8, labels [int, ...], visible masks (n, size, size) bool.
 
+    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians.
+
     A shape that would leave too little of an earlier one visible is drawn again somewhere else, so that nothing in the
     image is without its annotation.
     """
@@ -569,8 +571,8 @@ def draw_shapes(rng, size):
     for _ in range(rng.integers(2, 8)):
         for _ in range(20):  # tries to place it
             label = int(rng.integers(len(SHAPES)))
-            radius = size * 0.07 * (0.32 / 0.07) ** rng.random()  # log-uniform
-            patch = _coverage(list(SHAPES.values())[label], radius, rng.uniform(0, 2 * np.pi))
+            radius = size * 0.1 * (0.35 / 0.1) ** rng.random()  # log-uniform
+            patch = _coverage(list(SHAPES.values())[label], radius, rng.uniform(-0.4, 0.4))
             y, x = rng.uniform(0.6 * radius, size - 0.6 * radius, 2).round().astype(int) - len(patch) // 2
             coverage = np.zeros((size, size), np.float32)
             top, left, bottom, right = max(y, 0), max(x, 0), min(y + len(patch), size), min(x + len(patch), size)
@@ -618,6 +620,6 @@ def _texture(rng, size, saturation, value):
     else:  # clouds
         noise = Image.fromarray(rng.uniform(-1, 1, (size // 8 + 2,) * 2).astype(np.float32))
         pattern = np.asarray(noise.resize((size, size), Image.BICUBIC))
-    swing = rng.uniform(10, 40) * rng.uniform(0.5, 1, 3)  # of each colour channel
+    swing = rng.uniform(8, 30) * rng.uniform(0.5, 1, 3)  # of each colour channel
     grain = rng.normal(0, 6, (size, size, 1))
     return (colour + pattern[:, :, None] * swing + grain).astype(np.float32)

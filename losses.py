@@ -63,28 +63,29 @@ class SetCriterion(nn.Module):
         for layer in range(config.interaction_layers if config.di else 0):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
-    def losses(self, outputs, targets, pairs, num_instances):
-        """The terms of one set of predictions, divided by num_instances. pairs: per image (queries, targets), int64."""
+    def losses(self, outputs, instances, pairs, num_instances):
+        """The terms of one set of predictions, divided by num_instances.
+
+        instances: labels, boxes and masks of all images in one tensor each, and starts, the first of every image.
+        pairs: per image (queries, targets), int64.
+        """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
         query = torch.cat([query for query, _ in pairs])
-        picked = image.to(logits.device, non_blocking=True), query.to(logits.device, non_blocking=True)
-        matched = [
-            {name: target[name][index.to(logits.device, non_blocking=True)] for name in ("labels", "boxes", "masks")}
-            for target, (_, index) in zip(targets, pairs, strict=True)
-        ]
-        labels, wanted = (torch.cat([m[name] for m in matched]) for name in ("labels", "boxes"))
+        index = torch.cat([start + index for start, (_, index) in zip(instances["starts"], pairs, strict=True)])
+        *picked, index = torch.stack([image, query, index]).to(logits.device, non_blocking=True)
+        picked = tuple(picked)
+        labels, wanted = instances["labels"][index], instances["boxes"][index].to(boxes)
 
         one_hot = torch.zeros_like(logits)
         one_hot[(*picked, labels)] = 1
         terms = {"loss_ce": sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")}
-        boxes, wanted = boxes[picked], wanted.to(boxes)
+        boxes = boxes[picked]
         terms["loss_bbox"] = F.l1_loss(boxes, wanted, reduction="sum")
         terms["loss_giou"] = (1 - pairwise_giou(boxes[:, None], wanted[:, None])).sum()
         if "pred_masks" in outputs:
-            masks = outputs["pred_masks"][picked]
-            wanted = torch.cat([m["masks"] for m in matched])
-            terms["loss_mask"], terms["loss_dice"] = mask_losses(masks, wanted, self.num_points)
+            masks = outputs["pred_masks"][picked], instances["masks"][index]
+            terms["loss_mask"], terms["loss_dice"] = mask_losses(*masks, self.num_points)
         return {name: term / num_instances for name, term in terms.items()}
 
     def forward(self, outputs, targets):
@@ -93,7 +94,10 @@ class SetCriterion(nn.Module):
 
         Returns the unweighted terms {name: scalar}, divided by the number of instances averaged over the processes.
         """
-        num_instances = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
+        counts = [len(t["labels"]) for t in targets]
+        instances = {name: torch.cat([t[name] for t in targets]) for name in ("labels", "boxes", "masks")}
+        instances["starts"] = [sum(counts[:b]) for b in range(len(counts))]
+        num_instances = outputs["pred_boxes"].new_tensor(sum(counts))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(num_instances)
             num_instances = num_instances / dist.get_world_size()
@@ -104,19 +108,19 @@ class SetCriterion(nn.Module):
         sets |= {f"_di_{i}": layer for i, layer in enumerate(outputs.get("di_outputs", []))}
         terms = {}
         for suffix, predictions in sets.items():
-            found = self.losses(predictions, targets, self.matcher(predictions, targets), num_instances)
+            found = self.losses(predictions, instances, self.matcher(predictions, targets), num_instances)
             terms |= {name + suffix: term for name, term in found.items()}
 
         if denoised := outputs.get("dn_outputs"):
             groups = denoised["num_groups"]
             n_max = denoised["pred_logits"].shape[1] // groups
             pairs = []
-            for target in targets:  # query g * n_max + i is the i-th instance in group g
-                index = torch.arange(len(target["labels"]))
+            for count in counts:  # query g * n_max + i is the i-th instance in group g
+                index = torch.arange(count)
                 queries = torch.arange(groups)[:, None] * n_max + index
                 pairs.append((queries.flatten(), index.repeat(groups)))
             sets = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
             for suffix, predictions in sets.items():
-                found = self.losses(predictions, targets, pairs, num_instances * groups)
+                found = self.losses(predictions, instances, pairs, num_instances * groups)
                 terms |= {name + suffix: term for name, term in found.items()}
         return terms

@@ -1,10 +1,10 @@
 """Hungarian matcher: pairs every target instance with one query, at the least total cost (DETR, Sec. 3.1)."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 
@@ -46,8 +46,8 @@ def pairwise_giou(a, b):
 
 
 def class_cost(logits, labels, alpha=0.25, gamma=2):
-    """Focal cost of giving each query (Q, classes) each label (n,) -> (Q, n)."""
-    p = logits.sigmoid()[:, labels]
+    """Focal cost of giving each query (B, Q, classes) each label (B, n) -> (B, Q, n)."""
+    p = logits.sigmoid().gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative
@@ -56,11 +56,11 @@ def class_cost(logits, labels, alpha=0.25, gamma=2):
 def mask_costs(logits, masks):
     """Binary cross-entropy, averaged over the points, and dice cost of all pairs.
 
-    logits (Q, P) and target masks (n, P) in [0, 1], sampled at the same points. Returns two (Q, n).
+    logits (B, Q, P) and target masks (B, n, P) in [0, 1], sampled at the same points. Returns two (B, Q, n).
     """
-    bce = (F.softplus(-logits) @ masks.T + F.softplus(logits) @ (1 - masks).T) / logits.shape[1]
+    bce = (F.softplus(-logits) @ masks.mT + F.softplus(logits) @ (1 - masks).mT) / logits.shape[-1]
     p = logits.sigmoid()
-    dice = 1 - (2 * p @ masks.T + 1) / (p.sum(1)[:, None] + masks.sum(1)[None] + 1)
+    dice = 1 - (2 * p @ masks.mT + 1) / (p.sum(-1)[..., :, None] + masks.sum(-1)[..., None, :] + 1)
     return bce, dice
 
 
@@ -73,16 +73,24 @@ class HungarianMatcher(nn.Module):
         self.cost_mask, self.cost_dice = config.mask_weight, config.dice_weight
         self.num_points = config.loss_points
 
-    def cost(self, logits, boxes, masks, target):
-        """Costs (Q, n) of one image: logits (Q, classes), boxes (Q, 4), masks (Q, h, w) or None, one target."""
-        cost = self.cost_class * class_cost(logits, target["labels"])
-        cost = cost + self.cost_box * torch.cdist(boxes, target["boxes"].to(boxes), p=1)
-        cost = cost - self.cost_giou * pairwise_giou(boxes, target["boxes"].to(boxes))
-        if masks is not None and len(target["labels"]):
-            points = torch.rand(1, self.num_points, 2, dtype=masks.dtype, device=masks.device)
-            predicted = sample_points(masks, points.expand(len(masks), -1, -1))
-            wanted = sample_masks(target["masks"], points.expand(len(target["masks"]), -1, -1))
-            bce, dice = mask_costs(predicted, wanted)
+    def cost(self, outputs, targets):
+        """Costs (B, Q, n) of all pairs, n the largest number of targets of an image; arguments as in `forward`.
+
+        What stands behind an image's own targets has no meaning.
+        """
+        logits, boxes, masks = outputs["pred_logits"], outputs["pred_boxes"], outputs.get("pred_masks")
+        labels, wanted = (pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes"))
+        wanted = wanted.to(boxes)
+        cost = self.cost_class * class_cost(logits, labels)
+        cost = cost + self.cost_box * torch.cdist(boxes, wanted, p=1)
+        cost = cost - self.cost_giou * pairwise_giou(boxes, wanted)
+        if masks is not None and labels.shape[1]:
+            counts = [len(t["labels"]) for t in targets]
+            points = torch.rand(len(masks), self.num_points, 2, dtype=masks.dtype, device=masks.device)
+            predicted = F.grid_sample(masks, 2 * points[:, None] - 1, align_corners=False)[:, :, 0]  # (B, Q, P)
+            image = torch.repeat_interleave(torch.tensor(counts)).to(points.device, non_blocking=True)
+            sampled = sample_masks(torch.cat([t["masks"] for t in targets]), points[image])
+            bce, dice = mask_costs(predicted, pad_sequence(sampled.split(counts), batch_first=True))
             cost = cost + self.cost_mask * bce + self.cost_dice * dice
         return cost
 
@@ -94,13 +102,6 @@ class HungarianMatcher(nn.Module):
         Returns per image (queries, targets), two int64 tensors (min(Q, n),) on the CPU, sorted by query. The costs of
         all images go to the host in one transfer.
         """
-        masks = outputs.get("pred_masks", [None] * len(targets))
-        costs = [
-            self.cost(logits, boxes, mask, target)
-            for logits, boxes, mask, target in zip(
-                outputs["pred_logits"], outputs["pred_boxes"], masks, targets, strict=True
-            )
-        ]
-        counts = [cost.shape[1] for cost in costs]
-        costs = np.split(torch.cat(costs, 1).cpu().numpy(), np.cumsum(counts)[:-1], axis=1)
-        return [tuple(torch.from_numpy(i) for i in linear_sum_assignment(cost)) for cost in costs]
+        costs = self.cost(outputs, targets).cpu().numpy()
+        found = [linear_sum_assignment(c[:, : len(t["labels"])]) for c, t in zip(costs, targets, strict=True)]
+        return [tuple(torch.from_numpy(index) for index in pair) for pair in found]

@@ -80,10 +80,10 @@ PRESETS = {
         feedforward_dim=256,
         class_prior=0.01,
         denoising_queries=30,
-        loss_points=256,
-        train_size=96,
+        loss_points=128,
+        train_size=64,
         train_scale=(0.8, 1.25),
-        test_size=(96, 192),
+        test_size=(64, 128),
     ),
 }
 

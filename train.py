@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbone import load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
-from eval import add_data_arguments, evaluate, open_split, run_program
+from eval import add_data_arguments, evaluate, open_split, percent, run_program
 from losses import SetCriterion
 from model import PRESETS, DIMaskDINO, InputError, choose_device, read_checkpoint, save_checkpoint
 from predict import draw_instances, predict, save_png
@@ -87,6 +88,20 @@ def parse_arguments():
         help="folder for checkpoints, log and pictures (default: runs/train)",
     )
     parser.add_argument(
+        "--backbone-weights",
+        metavar="NAME-OR-FILE",
+        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1, or a file of torchvision, "
+        "Microsoft's Swin or Detectron2 (default: random)",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
+    )
+    parser.add_argument(
+        "--grad-checkpoint", action="store_true", help="save memory: compute the layers twice instead of storing them"
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoint in --output, if there is one"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
@@ -141,9 +156,9 @@ def main():
     output = Path(args.output)
     checkpoint_path, log_path = output / "checkpoint.pt", output / "log.jsonl"
 
-    sizes = {"train_size": args.train_size, "train_scale": args.train_scale, "test_size": args.test_size}
-    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in sizes.items() if v is not None}
-    config = replace(PRESETS[args.preset], **sizes)
+    settings = {"train_size": args.train_size, "train_scale": args.train_scale, "test_size": args.test_size}
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
+    config = replace(PRESETS[args.preset], grad_checkpoint=args.grad_checkpoint, **settings)
     train_set = open_split(args, "train", train_transform(config.train_size, config.train_scale))
     val_set = open_split(args, "val", eval_transform(*config.test_size))
     if train_set.classes != val_set.classes:
@@ -151,9 +166,17 @@ def main():
     config = replace(config, num_classes=len(train_set.classes))
 
     torch.manual_seed(args.seed)
-    model = DIMaskDINO(config).to(device)
+    model = DIMaskDINO(config)
+    if args.backbone_weights:
+        try:
+            load_backbone_weights(model.backbone, args.backbone_weights, args.trust_pickle)
+        except (ValueError, OSError) as error:
+            raise InputError(str(error)) from None
+    elif config.frozen_batch_norm and not args.resume:
+        print("train.py: the backbone starts from random weights; --backbone-weights takes pretrained ones")
+    model.to(device)
     criterion = SetCriterion(config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.backbone_lr, weight_decay=0.05))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.backbone_lr, weight_decay=0.05), fused=True)
 
     epoch, iteration, seconds = 0, 0, 0.0
     if args.resume and checkpoint_path.exists():
@@ -222,7 +245,7 @@ def main():
             save_picture(model, val_set, device, output / f"epoch_{epoch:03d}.png")
             log.write(json.dumps({"epoch": epoch, "iteration": iteration, "seconds": seconds} | scores) + "\n")
             box, mask = (scores[kind]["AP"] for kind in ("box", "mask"))
-            progress.write(f"epoch {epoch}: box AP {box:.1f}, mask AP {mask:.1f} after {seconds:.0f} s")
+            progress.write(f"epoch {epoch}: box AP {percent(box)}, mask AP {percent(mask)} after {seconds:.0f} s")
         save_checkpoint(
             checkpoint_path,
             {

@@ -69,7 +69,7 @@ def test_class_cost():
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]).double(), torch.tensor([1, 1, 2])
     p = sigmoid(np.array([-1.0, -1.0, 0.5]))
     expected = 0.25 * (1 - p) ** 2 * -np.log(p + 1e-8) - 0.75 * p**2 * -np.log(1 - p + 1e-8)
-    np.testing.assert_allclose(class_cost(logits, labels)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(class_cost(logits[None], labels[None])[0][0], expected, rtol=1e-12)
 
 
 def test_mask_costs():
@@ -101,17 +101,19 @@ def test_cost_is_the_weighted_sum_of_five_terms(monkeypatch):
     outputs, targets = problem(6, [4])
     points = torch.rand(1, 200, 2, dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
-    matcher, image = HungarianMatcher(CONFIG), [value[0] for value in outputs.values()]
-    logits, boxes, masks = image
-    target = targets[0]
+    matcher, target = HungarianMatcher(CONFIG), targets[0]
+    logits, boxes, masks = (value[0] for value in outputs.values())
+    unmasked = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
     predicted = sample_points(masks, points.expand(6, -1, -1))
     bce, dice = mask_costs(predicted, sample_points(target["masks"].double(), points.expand(4, -1, -1)))
     l1 = (boxes[:, None] - target["boxes"]).abs().sum(-1)
-    expected = 4 * class_cost(logits, target["labels"]) + 5 * l1 - 2 * pairwise_giou(boxes, target["boxes"])
-    torch.testing.assert_close(matcher.cost(logits, boxes, None, target), expected)
-    torch.testing.assert_close(matcher.cost(*image, target), expected + 5 * bce + 5 * dice)
+    expected = (
+        4 * class_cost(logits[None], target["labels"][None])[0] + 5 * l1 - 2 * pairwise_giou(boxes, target["boxes"])
+    )
+    torch.testing.assert_close(matcher.cost(unmasked, targets)[0], expected)
+    torch.testing.assert_close(matcher.cost(outputs, targets)[0], expected + 5 * bce + 5 * dice)
     matcher.cost_mask, matcher.cost_dice = 1, 2
-    torch.testing.assert_close(matcher.cost(*image, target), expected + bce + 2 * dice)
+    torch.testing.assert_close(matcher.cost(outputs, targets)[0], expected + bce + 2 * dice)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -124,10 +126,10 @@ def test_pairs_equal_brute_force(seed, masks):
     torch.manual_seed(seed)  # for the same points below
     found = matcher(outputs, targets)
     torch.manual_seed(seed)
+    costs = matcher.cost(outputs, targets).numpy()
     for b, (query, index) in enumerate(found):
-        mask_logits = outputs["pred_masks"][b] if masks else None
-        cost = matcher.cost(outputs["pred_logits"][b], outputs["pred_boxes"][b], mask_logits, targets[b]).numpy()
-        n = cost.shape[1]
+        n = len(targets[b]["labels"])
+        cost = costs[b, :, :n]
         best = min(permutations(range(5), n), key=lambda queries: cost[list(queries), range(n)].sum())
         assert dict(zip(index.tolist(), query.tolist(), strict=True)) == dict(enumerate(best))
 
@@ -173,7 +175,7 @@ def test_one_transfer_to_the_host_per_prediction_set(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     pairs = HungarianMatcher(CONFIG)(outputs, targets)
-    assert shapes == [(6, 5)]  # the costs of all images side by side
+    assert shapes == [(3, 6, 3)]  # the costs of all images, padded to the most targets
     assert [len(query) for query, _ in pairs] == [3, 0, 2]
 
 
