@@ -5,6 +5,8 @@ TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 8.0 to 9.0. Neither is 
 plain PyTorch, so a build that fails says so in one line and is no error.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,12 +14,28 @@ from setuptools.command.build_ext import build_ext
 
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError:  # pip builds apart from the environment unless told --no-build-isolation
     print("setup.py: torch is not installed here, so csrc is not built; the model runs in plain PyTorch instead")
     torch = None
 
-FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+def cuda_home():
+    """The folder of a CUDA toolkit: the user's, the system's, or one that pip installed beside torch. None without."""
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    on_path = [Path(nvcc).resolve().parent.parent for nvcc in [shutil.which("nvcc")] if nvcc]
+    from_pip = (Path(torch.__file__).parent.parent / "nvidia").glob("cu[0-9]*")
+    for home in [Path(name) for name in named if name] + on_path + sorted(from_pip):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+
+
+if torch:
+    home = cuda_home() if torch.version.cuda else None
+    if home:  # before cpp_extension is imported, which looks in fewer places
+        os.environ["CUDA_HOME"] = str(home)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+    from torch.utils import cpp_extension
 
 
 class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
@@ -47,6 +65,11 @@ def library(name, pattern, **options):
 
 libraries = []
 if torch:
-    torch_paths = {"include_dirs": cpp_extension.include_paths(), "library_dirs": cpp_extension.library_paths()}
-    libraries.append(library("_C", "*.cpp", libraries=["c10", "torch_cpu"], extra_compile_args=FLAGS, **torch_paths))
+    paths = {"include_dirs": cpp_extension.include_paths(), "library_dirs": cpp_extension.library_paths()}
+    flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    libraries.append(library("_C", "*.cpp", libraries=["c10", "torch_cpu"], extra_compile_args=flags, **paths))
+    if home:  # the CUDA runtime comes with torch's libraries
+        flags = {"nvcc": ["-O3", "--threads", str(os.cpu_count())]}
+        cuda = ["c10", "torch_cpu", "c10_cuda"]
+        libraries.append(library("_C_cuda", "*.cu", libraries=cuda, extra_compile_args=flags, **paths))
 setup(ext_modules=libraries, cmdclass={"build_ext": BuildOps})

@@ -473,6 +473,20 @@ def test_a_build_that_fails_is_one_line_and_no_error(tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+def test_cuda_sources_compile(tmp_path):
+    """Wherever there is an nvcc. What `setup.py build_ext --inplace` has built from these sources counts."""
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("there is no nvcc")
+    name = f"_C_cuda.torch-{torch.__version__}.so"
+    sources = [ROOT / "csrc" / "ms_deform_attn_cuda.cu", ROOT / "csrc" / "checks.h"]
+    if (ROOT / name).exists() and (ROOT / name).stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return
+    folders = ["--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    process = run("setup.py", "build_ext", *folders, cwd=ROOT, TORCH_CUDA_ARCH_LIST="8.0")
+    assert (tmp_path / name).exists(), process.stdout + process.stderr
+
+
 # The module and the sine embeddings
 
 
