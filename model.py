@@ -79,6 +79,7 @@ PRESETS = {
         decoder_layers=3,
         feedforward_dim=256,
         class_prior=0.01,
+        class_weight=8.0,
         denoising_queries=30,
         loss_points=128,
         train_size=64,

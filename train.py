@@ -29,7 +29,7 @@ PUBLISHED = {
     "warmup": 0,
 }
 RECIPES = {
-    "tiny": {"epochs": 30, "batch_size": 16, "lr": 1e-3, "backbone_lr": 1e-3, "lr_drops": [0.8, 0.95], "warmup": 100}
+    "tiny": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "backbone_lr": 1e-3, "lr_drops": [0.8, 0.95], "warmup": 100}
 }
 
 

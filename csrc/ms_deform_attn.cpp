@@ -16,6 +16,10 @@
 #include "checks.h"
 #include "cpu_kernels_api.h"
 
+#if defined(__linux__) && !defined(_OPENMP)
+#error "compile with -fopenmp: without it at::parallel_for runs everything on one thread, and says nothing"
+#endif
+
 namespace dimaskdino {
 namespace {
 

@@ -3,7 +3,8 @@
 //
 // A "group" is one query and head: its threads hold 16 bytes of the head's channels each (one channel where D does not
 // fill whole vectors), so that a group reads a corner of a cell in one piece. What the samples of a block's groups have
-// in common for all channels, their place and weights, is computed once per sample into shared memory.
+// in common for all channels, their place and weights, is computed once per sample into shared memory. A block's groups
+// are neighbouring queries of one head: in the encoder they look at the same values, which the L1 cache then holds.
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
@@ -17,6 +18,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -43,8 +46,8 @@ template <typename T> struct Problem {
   const T* value;      // (B, S, M, D)
   const A* locations;  // (B, Q, M, L * P, 2)
   const A* weights;    // (B, Q, M, L * P)
-  int64_t groups, groups_of_image, tokens;
-  int heads, channels, samples, points;
+  int64_t tokens;
+  int queries, heads, channels, samples, points;
   Levels levels;
 };
 
@@ -52,8 +55,14 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
   T lanes[N];
 };
 
-template <int N, typename T> __device__ Pack<Compute<T>, N> load(const T* __restrict__ p) {
-  const Pack<T, N> raw = *reinterpret_cast<const Pack<T, N>*>(p);
+template <int N, typename T> __device__ Pack<Compute<T>, N> load(const T* p) {
+  Pack<T, N> raw;
+  if constexpr (sizeof raw == 16) {
+    const int4 bits = __ldg(reinterpret_cast<const int4*>(p));  // read-only: need not wait for the atomics below
+    memcpy(&raw, &bits, sizeof raw);
+  } else {
+    raw = *reinterpret_cast<const Pack<T, N>*>(p);
+  }
   Pack<Compute<T>, N> pack;
 #pragma unroll
   for (int k = 0; k < N; ++k) pack.lanes[k] = static_cast<Compute<T>>(raw.lanes[k]);
@@ -69,8 +78,8 @@ template <typename A> struct Cell {
   int token;    // corner 0, or -1 where no corner lies in the map
   int steps;    // tokens from x0 to x1 (0 or 1) + 2 * tokens from y0 to y1
 
-  __device__ A corner(int c) const {
-    return inside >> c & 1 ? (c & 1 ? dx : 1 - dx) * (c & 2 ? dy : 1 - dy) : A(0);
+  __device__ A corner(int c, A weight) const {  // the bilinear weight of a corner times the attention weight
+    return inside >> c & 1 ? weight * (c & 2 ? dy : 1 - dy) * (c & 1 ? dx : 1 - dx) : A(0);
   }
 };
 
@@ -91,34 +100,40 @@ template <typename A> __device__ Cell<A> locate(const Levels& levels, int level,
   return cell;
 }
 
-// Calls f(group in the block, sample in the chunk, the same sample in the whole problem) for the samples
-// first ... first + kChunk - 1 of all groups of this block; neighbouring threads get neighbouring samples.
-template <typename T, typename F>
-__device__ void for_samples(const Problem<T>& problem, int groups_of_block, int first, const F& f) {
-  for (int i = threadIdx.x; i < groups_of_block * kChunk; i += blockDim.x) {
-    const int group = i / kChunk, sample = first + i % kChunk;
-    const int64_t global_group = static_cast<int64_t>(blockIdx.x) * groups_of_block + group;
-    if (global_group < problem.groups && sample < problem.samples)
-      f(group, i % kChunk, global_group * problem.samples + sample);
-  }
-}
-
-// Where a thread works: a group, and of its vectors of N channels those that begin at lane, lane + threads, ...
+// Where a thread works: a group of its block, and of the group's vectors of N channels those that begin at lane,
+// lane + threads_of_group, ...
 struct Place {
-  int groups_of_block, group, lane, rounds;
-  int64_t global_group, first_value, stride;  // channel 0 of token 0; from token to token
+  int groups, group, lane, rounds;  // groups: those of the block that have a query
+  int64_t first_row, heads;         // of (B, Q, M) as rows: that of the block's group 0; from group to group
+  int64_t first_value, stride;      // channel 0 of token 0; from token to token
 
   template <typename T> __device__ Place(const Problem<T>& problem, int threads_of_group, int N) {
-    groups_of_block = blockDim.x / threads_of_group;
+    const int groups_of_block = blockDim.x / threads_of_group;
+    const int tiles = (problem.queries - 1) / groups_of_block + 1;
+    const int head = blockIdx.x % problem.heads, tile = blockIdx.x / problem.heads % tiles;
+    const int64_t image = blockIdx.x / problem.heads / tiles;
+    const int query = tile * groups_of_block;
+    groups = min(groups_of_block, problem.queries - query);
     group = threadIdx.x / threads_of_group;
     lane = threadIdx.x % threads_of_group;
     rounds = (problem.channels - 1) / (threads_of_group * N) + 1;
-    global_group = static_cast<int64_t>(blockIdx.x) * groups_of_block + group;
-    stride = static_cast<int64_t>(problem.heads) * problem.channels;
-    const int64_t image = global_group / problem.groups_of_image, head = global_group % problem.heads;
-    first_value = image * problem.tokens * stride + head * problem.channels;
+    heads = problem.heads;
+    first_row = (image * problem.queries + query) * heads + head;
+    stride = heads * problem.channels;
+    first_value = image * problem.tokens * stride + static_cast<int64_t>(head) * problem.channels;
   }
+  __device__ int64_t row(int group_of_block) const { return first_row + group_of_block * heads; }
 };
+
+// Calls f(group in the block, sample in the chunk, the same sample in the whole problem) for the samples
+// first ... first + kChunk - 1 of all groups of this block; neighbouring threads get neighbouring samples.
+template <typename T, typename F>
+__device__ void for_samples(const Problem<T>& problem, const Place& place, int first, const F& f) {
+  for (int i = threadIdx.x; i < place.groups * kChunk; i += blockDim.x) {
+    const int group = i / kChunk, sample = first + i % kChunk;
+    if (sample < problem.samples) f(group, i % kChunk, place.row(group) * problem.samples + sample);
+  }
+}
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
@@ -130,18 +145,18 @@ forward_kernel(const __grid_constant__ Problem<T> problem, T* __restrict__ outpu
 
   for (int round = 0; round < place.rounds; ++round) {
     const int channel = (round * threads_of_group + place.lane) * N;
-    const bool active = place.global_group < problem.groups && channel < problem.channels;
+    const bool active = place.group < place.groups && channel < problem.channels;
     A sum[N] = {};
     for (int first = 0; first < problem.samples; first += kChunk) {
       __syncthreads();
-      for_samples(problem, place.groups_of_block, first, [&](int group, int sample, int64_t at) {
+      for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
         const Pack<A, 2> location = *reinterpret_cast<const Pack<A, 2>*>(problem.locations + 2 * at);
         const Cell<A> cell =
             locate(problem.levels, (first + sample) / problem.points, location.lanes[0], location.lanes[1]);
         const A weight = problem.weights[at];
         Pack<A, 4> corner;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) corner.lanes[c] = weight * cell.corner(c);
+        for (int c = 0; c < 4; ++c) corner.lanes[c] = cell.corner(c, weight);
         corners[group][sample] = corner;
         cells[group][sample] = make_int2(cell.token, cell.steps);
       });
@@ -149,7 +164,7 @@ forward_kernel(const __grid_constant__ Problem<T> problem, T* __restrict__ outpu
       if (!active) continue;
       const T* value = problem.value + place.first_value + channel;
       const int n = min(kChunk, problem.samples - first);
-#pragma unroll 4
+#pragma unroll 2
       for (int i = 0; i < n; ++i) {
         const Pack<A, 4> corner = corners[place.group][i];
         const int2 cell = cells[place.group][i];
@@ -169,7 +184,7 @@ forward_kernel(const __grid_constant__ Problem<T> problem, T* __restrict__ outpu
       Pack<T, N> result;
 #pragma unroll
       for (int k = 0; k < N; ++k) result.lanes[k] = static_cast<T>(sum[k]);
-      *reinterpret_cast<Pack<T, N>*>(output + place.global_group * problem.channels + channel) = result;
+      *reinterpret_cast<Pack<T, N>*>(output + place.row(place.group) * problem.channels + channel) = result;
     }
   }
 }
@@ -221,7 +236,7 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
 
   for (int first = 0; first < problem.samples; first += kChunk) {
     __syncthreads();
-    for_samples(problem, place.groups_of_block, first, [&](int group, int sample, int64_t at) {
+    for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
       const Pack<A, 2> location = *reinterpret_cast<const Pack<A, 2>*>(problem.locations + 2 * at);
       const Cell<A> cell =
           locate(problem.levels, (first + sample) / problem.points, location.lanes[0], location.lanes[1]);
@@ -234,35 +249,31 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
     const int n = min(kChunk, problem.samples - first);
     for (int round = 0; round < place.rounds; ++round) {
       const int channel = (round * threads_of_group + place.lane) * N;
-      const bool active = place.global_group < problem.groups && channel < problem.channels;
+      const bool active = place.group < place.groups && channel < problem.channels;
       Pack<A, N> grad = {};
-      if (active) grad = load<N>(grad_output + place.global_group * problem.channels + channel);
+      if (active) grad = load<N>(grad_output + place.row(place.group) * problem.channels + channel);
       for (int i = 0; i < n; ++i) {
         A dots[4] = {};  // grad_output . value of each corner, this thread's channels
-        Cell<A> cell{};
-        if (active) {
-          const Pack<A, 4> position = positions[place.group][i];
-          cell.dx = position.lanes[0];
-          cell.dy = position.lanes[1];
-          const int4 numbers = cells[place.group][i];
-          cell.token = numbers.x;
-          cell.steps = numbers.y;
-          cell.inside = numbers.z;
+        const Pack<A, 4> position = positions[place.group][i];
+        const int4 numbers = cells[place.group][i];
+        const Cell<A> cell{position.lanes[0], position.lanes[1], active ? numbers.z : 0, numbers.x, numbers.y};
+        if (cell.inside) {
           const int64_t right = (cell.steps & 1) * place.stride, down = (cell.steps >> 1) * place.stride;
-          const int64_t at = place.first_value + channel + max(cell.token, 0) * place.stride;
+          const int64_t at = place.first_value + channel + cell.token * place.stride;
+          Pack<A, N> values[4];  // all are read before anything is added
+#pragma unroll
+          for (int c = 0; c < 4; ++c) values[c] = load<N>(problem.value + at + (c & 1 ? right : 0) + (c & 2 ? down : 0));
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             if (!(cell.inside >> c & 1)) continue;
-            const int64_t corner = at + (c & 1 ? right : 0) + (c & 2 ? down : 0);
-            const auto value = load<N>(problem.value + corner);
-            const A weight = position.lanes[2] * cell.corner(c);
+            const A weight = cell.corner(c, position.lanes[2]);
             Pack<A, N> share;
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-              dots[c] += grad.lanes[k] * value.lanes[k];
+              dots[c] += grad.lanes[k] * values[c].lanes[k];
               share.lanes[k] = weight * grad.lanes[k];
             }
-            add<N>(grad_value + corner, share, unit);
+            add<N>(grad_value + at + (c & 1 ? right : 0) + (c & 2 ? down : 0), share, unit);
           }
         }
         // The sum over the group's threads, a power of two of a warp's, in a fixed order
@@ -285,7 +296,7 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
       }
     }
     __syncthreads();
-    for_samples(problem, place.groups_of_block, first, [&](int group, int sample, int64_t at) {
+    for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
       const Pack<A, 4> sums = grads[group][sample];
       const A weight = positions[group][sample].lanes[2];
       const int level = (first + sample) / problem.points;
@@ -312,12 +323,13 @@ template <typename T> struct Call {
         weights(weights_.to(compute_type()).contiguous()) {
     TORCH_CHECK(sizes.levels <= kLevels, "ms_deform_attn: level_shapes may hold ", kLevels, " levels on a GPU, got ",
                 sizes.levels);
-    TORCH_CHECK(sizes.samples() <= (1 << 30) && sizes.channels <= (1 << 30) && sizes.heads <= (1 << 30),
-                "ms_deform_attn: sampling_locations and value have too many heads, channels or samples, ",
+    constexpr int64_t limit = 1 << 30;
+    TORCH_CHECK(std::max({sizes.queries, sizes.samples(), sizes.channels, sizes.heads}) <= limit,
+                "ms_deform_attn: sampling_locations and value have too many queries, heads, channels or samples, ",
                 locations.sizes(), " and ", value.sizes());
     problem = {data<const T>(value), data<const A>(locations), data<const A>(weights),
-               sizes.batch * sizes.queries * sizes.heads, sizes.queries * sizes.heads, sizes.tokens,
-               static_cast<int>(sizes.heads), static_cast<int>(sizes.channels), static_cast<int>(sizes.samples()),
+               sizes.tokens, static_cast<int>(sizes.queries), static_cast<int>(sizes.heads),
+               static_cast<int>(sizes.channels), static_cast<int>(sizes.samples()),
                static_cast<int>(sizes.points), {}};
     for (int level = 0, start = 0; level < sizes.levels; ++level) {
       problem.levels.rows[level] = static_cast<int>(level_shapes[2 * level]);
@@ -333,11 +345,15 @@ template <typename T> struct Call {
     }
     const int64_t parts = vectors ? sizes.channels * sizeof(T) / 16 : sizes.channels;
     for (threads_of_group = 1; threads_of_group < parts && threads_of_group < 32;) threads_of_group *= 2;
-    threads_of_block = std::min(kThreads, kGroups * threads_of_group);
-    const int64_t groups_of_block = threads_of_block / threads_of_group;
-    const int64_t needed = (problem.groups - 1) / groups_of_block + 1;
-    TORCH_CHECK(needed <= std::numeric_limits<int32_t>::max(), "ms_deform_attn: sampling_locations has too many queries, ",
-                locations.sizes());
+    // Blocks as large as they may be, but small ones rather than too few for the GPU
+    int64_t needed = 0;
+    for (int groups = std::min(kGroups, kThreads / threads_of_group);; groups /= 2) {
+      needed = ((sizes.queries - 1) / groups + 1) * sizes.heads * sizes.batch;
+      threads_of_block = groups * threads_of_group;
+      if (needed >= 512 || threads_of_block <= 64) break;
+    }
+    TORCH_CHECK(needed <= std::numeric_limits<int32_t>::max(),
+                "ms_deform_attn: sampling_locations has too many queries, ", locations.sizes());
     blocks = static_cast<unsigned int>(needed);
   }
 

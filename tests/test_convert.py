@@ -205,9 +205,7 @@ def test_categories():
 
 def test_models_that_were_not_released_are_not_reverted():
     config = PRESETS["tiny"]
-    with pytest.raises(
-        ConversionError, match="no model with backbone resnet18, frozen_batch_norm False, hidden_dim 128"
-    ):
+    with pytest.raises(ConversionError, match="no model with backbone resnet18, frozen_batch_norm False, hidden_dim 64"):
         released_state_dict(DIMaskDINO(config).state_dict(), config)
     with pytest.raises(ConversionError, match="missing: bato.norm.weight"):
         state = convert_state_dict(checkpoint("dimaskdino_r50"))
@@ -245,7 +243,8 @@ def test_program_converts_and_reverts(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "ours.pt"]  # nothing temporary
 
     content = torch.load(tmp_path / "ours.pt", weights_only=True)
-    assert content.keys() == {"model", "config", "classes"} and len(content["classes"]) == 80
+    assert content.keys() == {"model", "config", "classes", "category_ids"}
+    assert len(content["classes"]) == 80 and content["category_ids"][-1] == 90
     model, _ = load_model(tmp_path / "ours.pt")
     assert model.config == PRESETS["dimaskdino_r50"] and not model.training
     first = released["backbone.stem.conv1.weight"]

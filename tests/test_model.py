@@ -291,7 +291,7 @@ def test_bato_follows_equations_5_to_8(guided):
             position = torch.cat([model_sine_position(h, w, 64) for h, w in shapes])
             sources = t_i[b] + position, t_g_mask + t_g_box, t_g_mask  # the boxes are part of the key only
             q, k, v = (
-                F.linear(x, weight, bias).unflatten(-1, (8, -1)).transpose(0, 1)
+                F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
                 for x, weight, bias in zip(sources, weights, biases, strict=True)
             )
             mixed = ((q @ k.transpose(1, 2)) / q.shape[-1] ** 0.5).softmax(-1) @ v

@@ -190,6 +190,8 @@ def test_bad_files_are_named(trained, shapes, tmp_path):
 
     other = [*data, shapes, "--output", trained, "--resume", *SMALL[:-6], "--preset", "dimaskdino_r50"]
     fails("train.py", *other, naming="checkpoint.pt")
+    weights = ["--output", tmp_path / "o", "--backbone-weights", tmp_path / "swin.pth"]
+    fails("train.py", *data, shapes, *weights, *SMALL, naming="swin.pth")
     fails("eval.py", "--checkpoint", checkpoint, *data, tmp_path, naming="instances_val2017.json")
     fails("eval.py", "--checkpoint", checkpoint, "--data", "coco", naming="--data-root")
 
