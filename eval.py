@@ -6,10 +6,12 @@ import io
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
@@ -113,6 +115,15 @@ def average_precision(coco, results, image_ids):
     return scores
 
 
+def gather(value):
+    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @torch.inference_mode()
 def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
     """Box and mask AP of a model on a data set made with training=False.
@@ -127,16 +138,27 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None):
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
         outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
             sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
             for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
                 results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
+    everywhere = [None] * world
+    if parallel:
+        dist.gather_object(results, everywhere if rank == 0 else None)
+    else:
+        everywhere = [results]
+    if rank > 0:
+        return gather(None)[0]
+    results = [sorted(chain(*layer), key=lambda result: result["image_id"]) for layer in zip(*everywhere, strict=True)]
     layers = [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
-    return layers[-1] | ({"layers": [{"layer": i} | scores for i, scores in enumerate(layers)]} if per_layer else {})
+    scores = layers[-1] | ({"layers": [{"layer": i} | s for i, s in enumerate(layers)]} if per_layer else {})
+    return gather(scores)[0]
 
 
 def percent(value):
