@@ -27,14 +27,14 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "coco"],
+        choices=["shapes", "shapes-hard", "coco"],
         default="shapes",
-        help="shapes: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes, shapes-hard: generated images; coco: a data set in COCO format (default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/shapes)",
+        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/ + its name)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -59,9 +59,9 @@ def open_split(args, split, transform):
     if bool(annotation_file) != bool(image_dir):
         raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
     if not annotation_file:
-        if args.data == "shapes":
-            args.data_root = args.data_root or "runs/shapes"
-            make_shapes(args.data_root)
+        if args.data in ("shapes", "shapes-hard"):
+            args.data_root = args.data_root or f"runs/{args.data}"
+            make_shapes(args.data_root, hard=args.data == "shapes-hard")
         elif not args.data_root:
             raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
         annotation_file, image_dir = coco_paths(args.data_root, split)

@@ -16,7 +16,17 @@ from backbone import load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
 from eval import add_data_arguments, evaluate, open_split, percent, run_program
 from losses import SetCriterion
-from model import PRESETS, DIMaskDINO, InputError, choose_device, read_checkpoint, save_checkpoint
+from model import (
+    GUIDANCE,
+    POSITION_TOKENS,
+    PRESETS,
+    DIMaskDINO,
+    InputError,
+    check_config,
+    choose_device,
+    read_checkpoint,  # fmt: skip
+    save_checkpoint,
+)
 from predict import draw_instances, predict, save_png
 
 # What the flags default to: the published recipe, and what trains `tiny` on two CPU cores in minutes.
@@ -78,7 +88,12 @@ def save_picture(model, dataset, device, path, count=6):
     save_png(torch.cat(columns, 2), path)
 
 
-def parse_arguments():
+def selections(text):
+    """ "600,300" -> (600, 300); ValueError for anything else."""
+    return tuple(int(size) for size in text.split(","))
+
+
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
     parser.add_argument(
@@ -143,7 +158,18 @@ def parse_arguments():
         help="evaluate after every so many epochs and after the last (default: 1)",
     )
     add_data_arguments(parser)
-    args = parser.parse_args()
+    group = parser.add_argument_group("ablations of the paper, Tables 3-9 (default: as in the preset)")
+    group.add_argument("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
+    group.add_argument("--no-bato", dest="bato", action="store_false", default=None, help="without BATO")
+    group.add_argument("--guidance", choices=GUIDANCE, help="tokens that guide BATO; cuts the pipeline behind them")
+    group.add_argument(
+        "--no-gtg", dest="gtg", action="store_false", default=None, help="the queries themselves guide BATO"
+    )
+    group.add_argument("--selections", type=selections, metavar="N,...", help="sizes of the selections, e.g. 600,300")
+    group.add_argument("--decoder-layers", type=int, metavar="N", help="layers of the decoder")
+    group.add_argument("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
+    group.add_argument("--position-tokens", choices=POSITION_TOKENS, help="boxes that enter the decoder")
+    args = parser.parse_args(argv)
     for name, value in (PUBLISHED | RECIPES.get(args.preset, {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -156,7 +182,9 @@ def main():
     output = Path(args.output)
     checkpoint_path, log_path = output / "checkpoint.pt", output / "log.jsonl"
 
-    settings = {"train_size": args.train_size, "train_scale": args.train_scale, "test_size": args.test_size}
+    names = ("train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
+             "box_loss_scale", "position_tokens")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
     config = replace(PRESETS[args.preset], grad_checkpoint=args.grad_checkpoint, **settings)
     train_set = open_split(args, "train", train_transform(config.train_size, config.train_scale))
@@ -260,20 +288,6 @@ def main():
             },
         )
     progress.close()
-
-
-def check_config(path, checkpoint, config):
-    """Raise InputError where a checkpoint was made with other settings than `config`, naming them."""
-    ours = asdict(config)
-    different = [
-        f"{name} {value} instead of {ours[name]}"
-        for name, value in checkpoint["config"].items()
-        if ours.get(name) != value
-    ]
-    if different:
-        raise InputError(
-            f"{path}: is of another model ({', '.join(different)}); resume it with the flags it was trained with"
-        )
 
 
 def truncate_log(path, iteration):
