@@ -477,18 +477,13 @@ def _rectangle(rx, ry):
     return np.array([(-rx, -ry), (rx, -ry), (rx, ry), (-rx, ry)])
 
 
-def _cross(a):
-    """`a`: half the width of the arms."""
-    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
-                     (-a, -a)])  # fmt: skip
-
-
 def _heart():
     t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return np.stack([16 * np.sin(t) ** 3, -y - 2], axis=1) / 17
 
 
+_a = 0.32  # half the width of the cross's arms
 # Class -> outline and, for some, a hole: (k, 2) points within about the unit circle. No two alike at 16 pixels across,
 # whatever the rotation.
 SHAPES = {
@@ -497,7 +492,8 @@ SHAPES = {
     "triangle": [_corners([1.0], 3)],
     "star": [_corners([1.0, 0.42], 10)],
     "ring": [_ellipse(1.0, 1.0), _ellipse(0.55, 0.55)],
-    "cross": [_cross(0.32)],
+    "cross": [np.array([(-_a, -1), (_a, -1), (_a, -_a), (1, -_a), (1, _a), (_a, _a), (_a, 1), (-_a, 1), (-_a, _a),
+                        (-1, _a), (-1, -_a), (-_a, -_a)])],
     "ellipse": [_ellipse(1.0, 0.48)],
     "crescent": [_ellipse(1.0, 1.0), _ellipse(0.8, 0.8, x=0.45)],
     "arrow": [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 0.95), (-0.3, 0.95), (-0.3, 0), (-0.8, 0)])],
@@ -509,7 +505,6 @@ HARD_SHAPES = {
     "bar": [_rectangle(1.0, 0.22)],
     "ring": [_ellipse(1.0, 1.0), _ellipse(0.66, 0.66)],
     "frame": [_corners([1.0], 4), _corners([0.58], 4)],
-    "cross": [_cross(0.2)],
     "crescent": [_ellipse(1.0, 1.0), _ellipse(0.88, 0.88, x=0.42)],
 }
 SHAPES_VERSION = 1  # to be raised when the pictures change, so that old ones are made anew
@@ -524,7 +519,7 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
     give the same files. The annotation files are written last, so that an interrupted run is not taken for a whole one.
 
     hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
-    4 to 10 of them, 12 to 90 % of the image wide, upon strokes that are not annotated.
+    3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
     """
     root = Path(root)
     settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
@@ -590,7 +585,7 @@ def draw_shapes(rng, size, hard=False):
     if hard:
         _draw_strokes(rng, pixels)
     outlines = list((HARD_SHAPES if hard else SHAPES).values())
-    fewest, most, smallest, largest, tilt = (4, 10, 0.06, 0.45, np.pi) if hard else (2, 7, 0.1, 0.35, 0.4)
+    fewest, most, smallest, largest, tilt = (3, 7, 0.09, 0.42, np.pi) if hard else (2, 7, 0.1, 0.35, 0.4)
     owner = np.full((size, size), -1)  # the uppermost shape of every pixel
     labels, areas = [], []  # areas: of the whole shape, covered or outside the image or not
     for _ in range(rng.integers(fewest, most + 1)):
@@ -617,7 +612,7 @@ def draw_shapes(rng, size, hard=False):
 def _draw_strokes(rng, pixels):
     """Clutter: short bright lines and small blobs that belong to no class, drawn into pixels (size, size, 3)."""
     size = len(pixels)
-    for _ in range(rng.integers(4, 10)):
+    for _ in range(rng.integers(2, 7)):
         canvas = Image.new("L", (size, size))
         start, step = rng.uniform(0, size, 2), rng.uniform(-0.15, 0.15, 2) * size
         line = [tuple(start), tuple(start + step)]
