@@ -32,7 +32,14 @@ POSITION_TOKENS = ("boxes", "random")
 class Config:
     """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50.
 
-    Raises InputError, a ValueError, for settings of the ablations (Tables 3-9) that do not go together.
+    Settings of the ablations whose name does not say all:
+    guidance         Table 5: the pipeline is cut behind this stage, whose best k2 tokens both guide BATO and enter the
+                     decoder; that sees T_bal from its first layer on. "t_i": one selection, the tokens T_i themselves;
+                     "t_s1": one selection (Eq. 1); "t_s2": all selections; "q_bal": behind layer 1, nothing is cut
+    position_tokens  Table 3: "random" puts learned boxes, random at first, in the place of the boxes of the selected
+                     tokens as reference of the decoder's first layer; denoising queries keep theirs
+
+    Raises InputError, a ValueError, for settings that do not go together.
     """
 
     num_classes: int = 80
@@ -48,9 +55,9 @@ class Config:
     box_init: str = "mask"  # boxes around the selected tokens' masks; "bitmask": one pixel wider and higher
     selections: tuple[int, ...] = (600, 300)  # tokens of each (Eq. 1, 3), interaction between them; last = queries
     interaction_layers: int = 2  # before each selection but the first
-    position_tokens: str = "boxes"  # of the decoder's first input; "random": learned boxes, random at first (Table 3)
+    position_tokens: str = "boxes"  # of the decoder's input: of the selected tokens; or "random", see above
     bato: bool = True  # Balance-Aware Tokens Optimization (Eq. 5-8)
-    guidance: str = "q_bal"  # whose best tokens guide BATO: the pipeline is cut behind t_i, t_s1 or t_s2 (Table 5)
+    guidance: str = "q_bal"  # stage whose best tokens guide BATO, see above
     gtg: bool = True  # guiding token generation (Eq. 5-7); False: the guiding queries themselves, in Eq. 8 (Table 6)
     num_guiding: int = 50  # queries that guide
     decoder_layers: int = 6

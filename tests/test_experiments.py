@@ -6,14 +6,17 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 from benchmarks import experiments
 from benchmarks.experiments import ROWS, Row, commands, rows, run_folder
-from data import make_shapes
+from data import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
 from di import gather_tokens
+from eval import save_layers
 from losses import SetCriterion
 from model import PRESETS, Config, InputError, build_model, check_config, load_model, save_checkpoint
 
@@ -318,7 +321,54 @@ def test_a_checkpoint_of_another_configuration_is_refused(switch, tmp_path):
     assert all(name in str(error.value) for name in SWITCHES[switch])
 
 
-# The commands
+# The data, the picture and the commands
+
+
+def test_hard_shapes_fill_little_of_their_boxes():
+    share = {}
+    for hard in (False, True):
+        values = []
+        for i in range(30):
+            pixels, labels, masks = draw_shapes(np.random.default_rng([7, i]), 64, hard)
+            assert pixels.shape == (64, 64, 3) and len(labels) == len(masks) >= 1
+            assert masks.sum(0).max() <= 1 and masks.sum((1, 2)).min() >= 30  # visible parts
+            if hard:
+                assert set(labels) <= set(range(len(HARD_SHAPES)))
+            for mask in masks:
+                height, width = np.ptp(np.nonzero(mask), axis=1) + 1
+                values.append(mask.sum() / (height * width))
+        share[hard] = np.mean(values)
+    assert share[True] < share[False] - 0.03
+
+
+def test_hard_shapes_are_written_once(tmp_path):
+    make_shapes(tmp_path, train=2, val=1, hard=True)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    before, content = path.stat().st_mtime_ns, json.loads(path.read_text())
+    assert [c["name"] for c in content["categories"]] == list(HARD_SHAPES)
+    make_shapes(tmp_path, train=2, val=1, hard=True)
+    assert path.stat().st_mtime_ns == before
+    make_shapes(tmp_path, train=2, val=1)  # the other set, in the same folder
+    assert len(json.loads(path.read_text())["categories"]) == len(SHAPES)
+
+
+def layer_scores(pairs):
+    return {"layers": [{"layer": i, "box": {"AP": b}, "mask": {"AP": m}} for i, (b, m) in enumerate(pairs)]}
+
+
+def test_picture_of_the_layers(tmp_path):
+    pytest.importorskip("matplotlib")
+    save_layers(layer_scores([(10.0, 20.0), (None, None), (25.0, 24.0)]), tmp_path / "eval.png")
+    with Image.open(tmp_path / "eval.png") as picture:
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 127, 14), (31, 119, 180)):  # bars of box and mask
+        assert (colours == colour).all(1).sum() > 1000
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    save_layers(layer_scores([(10.0, 20.0)]), tmp_path / "eval.png")
+    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "eval.png").exists()
 
 
 @pytest.fixture(scope="module")
