@@ -473,6 +473,10 @@ def _corners(radii, count):
     return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
+def _rectangle(rx, ry):
+    return np.array([(-rx, -ry), (rx, -ry), (rx, ry), (-rx, ry)])
+
+
 def _heart():
     t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -495,19 +499,31 @@ SHAPES = {
     "arrow": [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 0.95), (-0.3, 0.95), (-0.3, 0), (-0.8, 0)])],
     "heart": [_heart()],
 }  # fmt: skip
+# Classes of the harder variant: the thin, hollow and curved ones fill little of their boxes; the disc covers others.
+HARD_SHAPES = {
+    "disc": [_ellipse(0.9, 0.9)],
+    "bar": [_rectangle(1.0, 0.22)],
+    "ring": [_ellipse(1.0, 1.0), _ellipse(0.66, 0.66)],
+    "frame": [_corners([1.0], 4), _corners([0.58], 4)],
+    "crescent": [_ellipse(1.0, 1.0), _ellipse(0.88, 0.88, x=0.42)],
+}
 SHAPES_VERSION = 1  # to be raised when the pictures change, so that old ones are made anew
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 30
 
 
-def make_shapes(root, train=2000, val=250, size=64, seed=0):
+def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
     """Write the generated data set `shapes` to the folder `root` in COCO layout, unless it is there already.
 
     `train` and `val` images of size x size pixels with 2 to 7 overlapping shapes each, one class per outline; textures
     and colours say nothing about the class. Every visible shape is annotated with its visible part. The same settings
     give the same files. The annotation files are written last, so that an interrupted run is not taken for a whole one.
+
+    hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
+    3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
     """
     root = Path(root)
     settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
+    settings |= {"hard": True} if hard else {}  # so that sets without it stay as they are
     files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
     if all(_shapes_settings(path) == settings for path in files.values()):
         return
@@ -520,7 +536,7 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0):
         folder.mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
         for i in range(settings[split]):
-            pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size)
+            pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size, hard)
             name = f"{i + 1:012d}.png"
             Image.fromarray(pixels).save(folder / name, compress_level=1)
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
@@ -541,7 +557,7 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0):
             "info": {"description": "generated shapes", "settings": settings},
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)],
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES)],
         }
     for path, content in written.items():
         temporary = path.with_suffix(".tmp")
@@ -557,22 +573,26 @@ def _shapes_settings(path):
         return None
 
 
-def draw_shapes(rng, size):
+def draw_shapes(rng, size, hard=False):
     """One image of `shapes`: pixels (size, size, 3) uint8, labels [int, ...], visible masks (n, size, size) bool.
 
-    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians.
+    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians. hard: see `make_shapes`.
 
     A shape that would leave too little of an earlier one visible is drawn again somewhere else, so that nothing in the
     image is without its annotation.
     """
     pixels = _texture(rng, size, saturation=(0.0, 0.35), value=(0.25, 0.55))
+    if hard:
+        _draw_strokes(rng, pixels)
+    outlines = list((HARD_SHAPES if hard else SHAPES).values())
+    fewest, most, smallest, largest, tilt = (3, 7, 0.09, 0.42, np.pi) if hard else (2, 7, 0.1, 0.35, 0.4)
     owner = np.full((size, size), -1)  # the uppermost shape of every pixel
     labels, areas = [], []  # areas: of the whole shape, covered or outside the image or not
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(fewest, most + 1)):
         for _ in range(20):  # tries to place it
-            label = int(rng.integers(len(SHAPES)))
-            radius = size * 0.1 * (0.35 / 0.1) ** rng.random()  # log-uniform
-            patch = _coverage(list(SHAPES.values())[label], radius, rng.uniform(-0.4, 0.4))
+            label = int(rng.integers(len(outlines)))
+            radius = size * smallest * (largest / smallest) ** rng.random()  # log-uniform
+            patch = _coverage(outlines[label], radius, rng.uniform(-tilt, tilt))
             y, x = rng.uniform(0.6 * radius, size - 0.6 * radius, 2).round().astype(int) - len(patch) // 2
             coverage = np.zeros((size, size), np.float32)
             top, left, bottom, right = max(y, 0), max(x, 0), min(y + len(patch), size), min(x + len(patch), size)
@@ -587,6 +607,19 @@ def draw_shapes(rng, size):
                 labels.append(label)
                 break
     return pixels.clip(0, 255).astype(np.uint8), labels, owner == np.arange(len(labels))[:, None, None]
+
+
+def _draw_strokes(rng, pixels):
+    """Clutter: short bright lines and small blobs that belong to no class, drawn into pixels (size, size, 3)."""
+    size = len(pixels)
+    for _ in range(rng.integers(2, 7)):
+        canvas = Image.new("L", (size, size))
+        start, step = rng.uniform(0, size, 2), rng.uniform(-0.15, 0.15, 2) * size
+        line = [tuple(start), tuple(start + step)]
+        ImageDraw.Draw(canvas).line(line, fill=255, width=int(rng.integers(1, 4)))
+        texture = _texture(rng, size, saturation=(0.5, 1.0), value=(0.7, 1.0))
+        covered = np.asarray(canvas, dtype=bool)
+        pixels[covered] = texture[covered]
 
 
 def _coverage(outlines, radius, angle):

@@ -29,14 +29,14 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "coco"],
+        choices=["shapes", "shapes-hard", "coco"],
         default="shapes",
-        help="shapes: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes, shapes-hard: generated images; coco: a data set in COCO format (default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/shapes)",
+        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/ + its name)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -61,9 +61,9 @@ def open_split(args, split, transform):
     if bool(annotation_file) != bool(image_dir):
         raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
     if not annotation_file:
-        if args.data == "shapes":
-            args.data_root = args.data_root or "runs/shapes"
-            make_shapes(args.data_root)
+        if args.data in ("shapes", "shapes-hard"):
+            args.data_root = args.data_root or f"runs/{args.data}"
+            make_shapes(args.data_root, hard=args.data == "shapes-hard")
         elif not args.data_root:
             raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
         annotation_file, image_dir = coco_paths(args.data_root, split)
@@ -180,11 +180,50 @@ def print_scores(scores):
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
 
 
+def draw_layers(axes, box, mask, box_sd=None, mask_sd=None):
+    """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
+
+    axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
+    """
+    layers = np.arange(len(box))
+    box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
+    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", capsize=2)
+    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", capsize=2)
+    for layer, top, gap in zip(layers, np.fmax(box, mask), box - mask, strict=True):
+        if np.isfinite(gap):
+            axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(layers, ["input", *map(str, layers[1:])])
+    axes.set_xlabel("decoder layer")
+    axes.margins(y=0.15)
+
+
+def save_layers(scores, path):
+    """PNG of the bars of `draw_layers` for what `evaluate` with per_layer returns; a line on stderr without matplotlib.
+
+    path: of the file to write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
+        return
+    figure = Figure(figsize=(1.5 + 0.8 * len(scores["layers"]), 3.5), layout="constrained")
+    axes = figure.subplots()
+    draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
+    axes.set_ylabel("AP (numbers: box - mask)")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
     parser.add_argument("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
-    parser.add_argument("--output", metavar="FILE.json", help="also write the numbers to this JSON file")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.json",
+        help="also write the numbers to this JSON file, and with --per-layer a bar chart of them to FILE.png",
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="images at a time, of one size (default: 4)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add_data_arguments(parser)
@@ -199,6 +238,8 @@ def main():
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(scores, indent=1) + "\n")
+        if args.per_layer:
+            save_layers(scores, Path(args.output).with_suffix(".png"))
 
 
 def check_classes(path, trained, present):

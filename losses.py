@@ -52,15 +52,15 @@ class SetCriterion(nn.Module):
         self.num_points = config.loss_points
         weights = {
             "loss_ce": config.class_weight,
-            "loss_bbox": config.box_weight,
-            "loss_giou": config.giou_weight,
+            "loss_bbox": config.box_loss_scale * config.box_weight,
+            "loss_giou": config.box_loss_scale * config.giou_weight,
             "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight,
         }
         layers = ["", *(f"_{i}" for i in range(config.decoder_layers))]
         suffixes = [*layers, *(f"_dn{layer}" for layer in layers), "_interm"]
         self.weights = {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
-        for layer in range(config.interaction_layers if config.di else 0):
+        for layer in range(config.interaction_layers * (len(config.stages) - 1)):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
     def losses(self, outputs, instances, pairs, num_instances):

@@ -25,7 +25,8 @@ from backbone import SWINS, load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
 from eval import add_data_arguments, evaluate, gather, open_split, percent, run_program
 from losses import SetCriterion
-from model import PRESETS, DIMaskDINO, InputError, choose_device, link, read_checkpoint, save_checkpoint
+from model import GUIDANCE, POSITION_TOKENS, PRESETS, DIMaskDINO, InputError, check_config, choose_device, link
+from model import read_checkpoint, save_checkpoint
 from predict import draw_instances, predict, save_png
 
 # The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
@@ -95,13 +96,20 @@ def parse_arguments(argv=None):
     )
     add("--grad-checkpoint", action="store_true", help="save memory: compute the layers twice instead of storing them")
 
-    add = parser.add_argument_group("model and images; the default is the preset's").add_argument
+    add = parser.add_argument_group("images; the default is the preset's").add_argument
     add("--train-size", type=positive, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="range of the scale jitter before the crop")
     add("--test-size", type=positive, nargs=2, metavar=("SHORTER", "LONGER"), help="shorter side, longer side at most")
-    add("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance (Table 4)")
-    add("--no-bato", dest="bato", action="store_false", default=None, help="without BATO (Table 4)")
-    add("--decoder-layers", type=positive, metavar="N", help="decoder layers (Table 9)")
+
+    add = parser.add_argument_group("ablations of the paper, Tables 3-9; the default is the preset's").add_argument
+    add("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
+    add("--no-bato", dest="bato", action="store_false", default=None, help="without BATO")
+    add("--guidance", choices=GUIDANCE, help="tokens that guide BATO; the pipeline is cut behind them")
+    add("--no-gtg", dest="gtg", action="store_false", default=None, help="the queries themselves guide BATO")
+    add("--selections", type=selections, metavar="N,...", help="sizes of the selections, e.g. 600,300")
+    add("--decoder-layers", type=positive, metavar="N", help="layers of the decoder")
+    add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
+    add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
     return parser.parse_args(argv)
 
 
@@ -112,7 +120,15 @@ def positive(text):
     return int(text)
 
 
-CONFIG_FLAGS = ("train_size", "train_scale", "test_size", "di", "bato", "decoder_layers")
+def selections(text):
+    """"600,300" -> (600, 300), for argparse."""
+    return tuple(positive(size) for size in text.split(","))
+
+
+CONFIG_FLAGS = (
+    "train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
+    "box_loss_scale", "position_tokens",
+)  # fmt: skip
 
 
 def make_config(args):
@@ -288,17 +304,6 @@ def newest_checkpoint(output):
     return None
 
 
-def check_resumable(path, checkpoint, config, **settings):
-    """Raise InputError where a checkpoint was made with another Config or other of these settings, naming them."""
-    trained = checkpoint["config"] | checkpoint.get("settings", {})
-    ours = asdict(config) | settings
-    different = [f"{name} {trained.get(name)} instead of {value}" for name, value in ours.items()
-                 if trained.get(name) != value]  # fmt: skip
-    if different or "optimizer" not in checkpoint:
-        what = ", ".join(different) or "it holds no state of training; start from it with --init"
-        raise InputError(f"{path}: cannot be resumed with these flags ({what}); use those it was trained with")
-
-
 def read_log(path, iteration):
     """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
     if not path.exists():
@@ -435,7 +440,9 @@ class Trainer:
             print(line, flush=True)
 
     def resume(self, path, checkpoint):
-        check_resumable(path, checkpoint, self.model.config, **self.settings)
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
+        check_config(path, checkpoint, self.model.config, **self.settings)
         self.model.load_state_dict(checkpoint["model"])
         rates = [group["base_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -626,6 +633,8 @@ class Trainer:
             if all(total(scores) > total(entry) for entry in self.evaluations):
                 link(self.output / "checkpoint.pt", "best.pt")
             self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
+            if self.iteration == self.schedule.iterations:
+                (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
             self.log.write(json.dumps(self.evaluations[-1]) + "\n")
             box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
             self.progress.write(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
