@@ -16,7 +16,16 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from data import CocoInstances, DataError, coco_paths, collate, eval_transform, make_shapes
+from data import (
+    CocoInstances,
+    DataError,
+    bdd100k_paths,
+    coco_paths,
+    collate,
+    eval_transform,
+    make_shapes,
+    read_bdd100k,
+)
 from model import InputError, choose_device, load_model, postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
@@ -27,14 +36,15 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "coco"],
+        choices=["shapes", "coco", "bdd100k"],
         default="shapes",
-        help="shapes: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks (default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/shapes)",
+        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: "
+        "runs/shapes)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -63,7 +73,9 @@ def open_split(args, split, transform):
             args.data_root = args.data_root or "runs/shapes"
             make_shapes(args.data_root)
         elif not args.data_root:
-            raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
+            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
+        if args.data == "bdd100k":
+            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
         annotation_file, image_dir = coco_paths(args.data_root, split)
     return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
 
