@@ -276,11 +276,14 @@ def read_bdd100k(bitmask_dir, image_dir):
         except OSError as error:
             raise DataError(f"{folder}: not a readable folder ({error.strerror}); check the path") from None
     bitmasks, pictures = files
-    for some, others, folder in ((bitmasks, pictures, image_dir), (pictures, bitmasks, bitmask_dir)):
+    for some, others, folder, suffix in (
+        (bitmasks, pictures, image_dir, ".jpg"),
+        (pictures, bitmasks, bitmask_dir, ".png"),
+    ):
         if alone := [path for name, path in some.items() if name not in others]:
+            more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
             raise DataError(
-                f"{alone[0]}: {folder} has no file of this name, nor of {len(alone) - 1} others; image and bitmask"
-                " belong together, add or remove one"
+                f"{alone[0]}: {folder} has no {alone[0].stem}{suffix}{more}; add it, image and bitmask belong together"
             )
     images, annotations = [], []
     progress = tqdm(bitmasks.items(), desc="read bitmasks", leave=False, disable=None)
@@ -335,6 +338,10 @@ def _bitmask_annotations(path, bitmask, image_id, first_id):
                 f" {len(BDD100K_CLASSES)}, the ids begin with 1; replace the file"
             )
         instances.append((high * 256 + low, category, flags, value))
+    ids = [instance for instance, *_ in sorted(instances)]
+    for instance, following in zip(ids, ids[1:], strict=False):
+        if instance == following:
+            raise DataError(f"{path}: instance {instance} has pixels of several categories or flags; replace the file")
     annotations = []
     for _, category, flags, value in sorted(instances):
         borders = np.stack([starts[values == value], ends[values == value]], axis=1)
@@ -351,8 +358,6 @@ def _bitmask_annotations(path, bitmask, image_id, first_id):
                 "iscrowd": int(flags & (BDD100K_CROWD | BDD100K_IGNORED) != 0),
             }
         )
-    if len({instance for instance, *_ in instances}) < len(instances):
-        raise DataError(f"{path}: an instance has pixels of several categories or flags; replace the file")
     return annotations
 
 

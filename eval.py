@@ -57,10 +57,17 @@ def add_data_arguments(parser):
         )
     group.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=min(4, (os.cpu_count() or 2) // 2),
         help="processes that load the data (default: half the cores, at most 4)",
     )
+
+
+def count(text):
+    """An argparse type: an integer, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
 
 
 def open_split(args, split, transform):
