@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from data import CocoInstances, DataError, coco_paths, collate, eval_transform, make_shapes
+from data import (
+    CocoInstances,
+    DataError,
+    bdd100k_paths,
+    coco_paths,
+    collate,
+    eval_transform,
+    make_shapes,
+    read_bdd100k,
+)
 from model import InputError, choose_device, load_model, postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
@@ -29,14 +38,16 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "shapes-hard", "coco"],
+        choices=["shapes", "shapes-hard", "coco", "bdd100k"],
         default="shapes",
-        help="shapes, shapes-hard: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
+        "(default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/ + its name)",
+        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: runs/ + "
+        "its name)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -49,10 +60,17 @@ def add_data_arguments(parser):
         )
     group.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=min(4, (os.cpu_count() or 2) // 2),
         help="processes that load the data (default: half the cores, at most 4)",
     )
+
+
+def count(text):
+    """An argparse type: an integer, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
 
 
 def open_split(args, split, transform):
@@ -65,7 +83,9 @@ def open_split(args, split, transform):
             args.data_root = args.data_root or f"runs/{args.data}"
             make_shapes(args.data_root, hard=args.data == "shapes-hard")
         elif not args.data_root:
-            raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
+            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
+        if args.data == "bdd100k":
+            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
         annotation_file, image_dir = coco_paths(args.data_root, split)
     return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
 

@@ -25,8 +25,18 @@ from backbone import SWINS, load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
 from eval import add_data_arguments, evaluate, gather, open_split, percent, run_program
 from losses import SetCriterion
-from model import GUIDANCE, POSITION_TOKENS, PRESETS, DIMaskDINO, InputError, check_config, choose_device, link
-from model import read_checkpoint, save_checkpoint
+from model import (
+    GUIDANCE,
+    POSITION_TOKENS,
+    PRESETS,
+    DIMaskDINO,
+    InputError,
+    check_config,
+    choose_device,
+    link,
+    read_checkpoint,
+    save_checkpoint,
+)
 from predict import draw_instances, predict, save_png
 
 # The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
