@@ -27,6 +27,10 @@ DEVICES = [
     )
     for device in ("cpu", "cuda")
 ]
+PATHS = [  # the op on every device, and its fallback
+    *(pytest.param(ms_deform_attn, *device.values, marks=device.marks, id=device.values[0]) for device in DEVICES),
+    pytest.param(ms_deform_attn_pytorch, "cpu", id="plain"),
+]
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -76,7 +80,7 @@ def with_gradients(function, value, level_shapes, locations, weights, grad_outpu
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def assert_like_reference(inputs, tolerance):
+def assert_like_reference(inputs, tolerance, function=ms_deform_attn):
     """Output and gradients of the op equal the float64 reference's on the same numbers, relative to their largest."""
     value, level_shapes, locations, weights = inputs
     grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3], dtype=torch.float64)
@@ -85,7 +89,7 @@ def assert_like_reference(inputs, tolerance):
         reference, value.double().cpu(), level_shapes, locations.double().cpu(), weights.double().cpu(),
         grad_output.double(),
     )  # fmt: skip
-    found = with_gradients(ms_deform_attn, *inputs, grad_output.to(value.device))
+    found = with_gradients(function, *inputs, grad_output.to(value.device))
     for ours, theirs, like in zip(found, exact, (value, value, locations, weights), strict=True):
         assert ours.dtype == like.dtype and ours.device == like.device
         assert ours.shape == theirs.shape
@@ -103,6 +107,7 @@ SHAPES = {  # B, Q, M, D, P, level shapes
     "D = 48, P = 8, L = 3": (1, 9, 5, 48, 8, [(11, 6), (5, 3), (3, 2)]),
     "D = 100, P = 2": (2, 6, 1, 100, 2, [(4, 4), (3, 5)]),
     "few queries": (2, 2, 4, 32, 4, [(30, 40), (15, 20)]),
+    "many queries": (2, 1030, 8, 32, 4, [(20, 30), (7, 9)]),  # enough for blocks of 256 threads on a GPU
 }
 
 
@@ -166,17 +171,17 @@ def test_samples_of_one_cell(device):
     assert out.flatten().tolist() == [3.0, 1.5, 1.5, 0.75, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function, device", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2.0**31, -(2.0**63), 3e38])
-def test_wild_locations_contribute_nothing(bad, dtype, device):
+def test_wild_locations_contribute_nothing(bad, dtype, function, device):
     value, level_shapes, locations, weights = make_inputs(2, 40, 2, 20, 3, [(5, 6), (0, 3), (1, 1)], dtype=dtype)
     wild = torch.rand(locations.shape) < 0.3
     locations[wild] = bad
     inputs = [x.to(device) if torch.is_tensor(x) else x for x in (value, level_shapes, locations, weights)]
-    assert_like_reference(inputs, DTYPES[dtype])
+    assert_like_reference(inputs, DTYPES[dtype], function)
     grad_output = torch.ones(2, 40, 40, dtype=dtype, device=device)
-    output, _, grad_locations, _ = with_gradients(ms_deform_attn, *inputs, grad_output)
+    output, _, grad_locations, _ = with_gradients(function, *inputs, grad_output)
     assert output.isfinite().all()
     assert (grad_locations[wild.any(-1).to(device)] == 0).all()
 
@@ -329,11 +334,14 @@ def test_compiles_and_exports_without_a_graph_break(device):
     expected = module(query, reference_points, tokens, level_shapes)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), tokens)
 
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     found = compiled(query, reference_points, tokens, level_shapes)
     (gradient,) = torch.autograd.grad(found.square().sum(), tokens)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+    others = torch.randn(3, 9, 16), torch.rand(3, 9, 2), torch.randn(3, 42, 16)
+    others = [*(x.to(device) for x in others), [(6, 5), (4, 3)]]
+    torch.testing.assert_close(compiled(*others), module(*others))
 
     exported = torch.export.export(module, (query, reference_points, tokens.detach(), level_shapes))
     assert "dimaskdino.ms_deform_attn" in str(exported.graph)
