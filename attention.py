@@ -253,8 +253,9 @@ def xavier_matrices_(module):
 if __name__ == "__main__":
     for device, reason in WITHOUT_OP.items():
         if device == "cuda" and torch.version.cuda is None:
-            reason = "is not needed: this torch has no CUDA"
-        present = "" if device == "cpu" or torch.cuda.is_available() else " (torch sees no GPU here)"
-        print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op") + present)
-    if any(WITHOUT_OP.values()):
-        print(f"build it: {BUILD}")
+            print("cuda: this torch has none")
+            continue
+        absent = " (torch sees no GPU here)" if device == "cuda" and not torch.cuda.is_available() else ""
+        print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op") + absent)
+        if reason:
+            print(f"  build it: {BUILD}")
