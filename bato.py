@@ -15,7 +15,7 @@ class BATO(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_dim
-        self.num_guiding = config.num_guiding
+        self.num_guiding, self.gtg = config.num_guiding, config.gtg
         self.cross_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.feedforward_dim)
@@ -27,6 +27,8 @@ class BATO(nn.Module):
     def forward(self, q_bal, boxes, t_i, level_shapes, pixel_features, heads, decoder):
         """q_bal (B, Q, C) and its refined boxes (B, Q, 4); t_i (B, S, C); pixel_features F (B, C, H/4, W/4).
 
+        With `guidance` other than "q_bal" (Table 5), the tokens of that stage and their boxes take the place of q_bal.
+
         heads, decoder: the model's own; their mask head and position MLP are the networks of Eq. 5 and 6.
         Returns T_bal (B, S, C), the refined pixel features F', and the guiding queries' indices (B, min(50, Q)).
         """
@@ -34,6 +36,8 @@ class BATO(nn.Module):
         t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
         t_g_box = decoder.query_pos(gather_tokens(boxes.detach(), guiding))  # Eq. 6
         t_g = t_g_mask + t_g_box  # Eq. 7
+        if not self.gtg:  # Table 6: without guiding token generation the queries are key and value
+            t_g = t_g_mask = best
 
         position = torch.cat([sine_position(*shape, t_i.shape[-1], t_i) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]

@@ -13,6 +13,7 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed
+from data import BDD100K_CLASSES
 from model import PRESETS, Config, DIMaskDINO, InputError, read_checkpoint, save_checkpoint
 
 # Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
@@ -44,13 +45,13 @@ NAMES += [
         ("heads.mask_head.", "mask_embed."),
         ("heads.box_head.", "_bbox_embed."),
         ("heads.norm.", "decoder_norm."),
-        ("interaction.norm.", "oldm_norm."),
-        ("interaction.box_head.", "_oldm_bbox_embed."),
-        ("interaction.query_pos.", "oldm.ref_point_head."),
-        ("interaction.layers.#.self_attn.", "oldm.layers.#.self_attn."),
-        ("interaction.layers.#.norm.", "oldm.layers.#.norm1."),
-        ("interaction.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
-        ("interaction.layers.#.ffn.linear", "oldm.layers.#.linear"),
+        ("interactions.0.norm.", "oldm_norm."),
+        ("interactions.0.box_head.", "_oldm_bbox_embed."),
+        ("interactions.0.query_pos.", "oldm.ref_point_head."),
+        ("interactions.0.layers.#.self_attn.", "oldm.layers.#.self_attn."),
+        ("interactions.0.layers.#.norm.", "oldm.layers.#.norm1."),
+        ("interactions.0.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
+        ("interactions.0.layers.#.ffn.linear", "oldm.layers.#.linear"),
         ("bato.cross_attn.", "query_guide_feature_update.multihead_attn."),
         ("bato.norm.", "query_guide_feature_update.norm1."),
         ("bato.ffn.norm.", "query_guide_feature_update.norm2."),
@@ -69,8 +70,6 @@ NAMES += [
 # Entries of released checkpoints that hold nothing of the model.
 IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*\.(num_batches_tracked|relative_position_index)$")
 
-BDD100K_CLASSES = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
-
 
 class ConversionError(InputError):
     """A checkpoint that cannot be converted; the message lists the entries, one a line."""
@@ -80,7 +79,7 @@ def copies(config):
     """[(start of another name, start of the first)] of the modules that the released code saves several times."""
     pairs = [("decoder.norm.", "decoder_norm.")]
     pairs += [(f"{at}bbox_embed.{i}.", "_bbox_embed.") for at in ("", "decoder.") for i in range(config.decoder_layers)]
-    if config.di:
+    if len(config.stages) > 1:
         pairs += [("oldm.norm.", "oldm_norm."), ("oldm.class_embed.", "class_embed.")]
         layers = range(config.interaction_layers)
         pairs += [(f"oldm{dot}bbox_embed.{i}.", "_oldm_bbox_embed.") for dot in "_." for i in layers]
@@ -169,15 +168,18 @@ def released_state_dict(state, config):
 
     Raises ConversionError for an architecture that the released code does not have, and for entries that do not fit it.
     """
+    if len(config.stages) > 2:
+        raise ConversionError(f"the released code has no model with selections {config.selections}")
     names, shapes = released_names(config)
     if problems := mismatches(state, shapes):
         raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(problems))
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
-    known = asdict(read_config(released))
-    fields = ("backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "di", "bato", "box_init")
-    ours = asdict(config)
-    if different := [f"{field} {ours[field]}" for field in fields if ours[field] != known[field]]:
+    known = read_config(released)
+    fields = "backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "bato", "box_init", "gtg"
+    ours = {field: (getattr(config, field), getattr(known, field)) for field in (*fields, "position_tokens")}
+    ours["selections"] = config.stages, known.stages
+    if different := [f"{field} {value}" for field, (value, theirs) in ours.items() if value != theirs]:
         raise ConversionError(f"the released code has no model with {', '.join(different)}")
     return released
 
@@ -188,7 +190,7 @@ def categories(num_classes):
         names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by category id, with gaps
         known = {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}
         return list(known.values()), list(known)
-    names = BDD100K_CLASSES if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
+    names = list(BDD100K_CLASSES) if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
     return names, list(range(1, num_classes + 1))
 
 
@@ -209,7 +211,7 @@ def revert(source, output):
     checkpoint = read_checkpoint(source)
     try:
         config = Config(**checkpoint["config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{source}: its config is not of this version ({error})") from None
     save_checkpoint(output, {"model": released_state_dict(checkpoint["model"], config)})
     return config

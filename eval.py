@@ -6,17 +6,28 @@ import io
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from data import CocoInstances, DataError, coco_paths, collate, eval_transform, make_shapes
+from data import (
+    CocoInstances,
+    DataError,
+    bdd100k_paths,
+    coco_paths,
+    collate,
+    eval_transform,
+    make_shapes,
+    read_bdd100k,
+)
 from model import InputError, choose_device, load_model, postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
@@ -27,14 +38,16 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "coco"],
+        choices=["shapes", "shapes-hard", "coco", "bdd100k"],
         default="shapes",
-        help="shapes: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
+        "(default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/shapes)",
+        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: runs/ + "
+        "its name)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -47,10 +60,17 @@ def add_data_arguments(parser):
         )
     group.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=min(4, (os.cpu_count() or 2) // 2),
         help="processes that load the data (default: half the cores, at most 4)",
     )
+
+
+def count(text):
+    """An argparse type: an integer, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
 
 
 def open_split(args, split, transform):
@@ -59,11 +79,13 @@ def open_split(args, split, transform):
     if bool(annotation_file) != bool(image_dir):
         raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
     if not annotation_file:
-        if args.data == "shapes":
-            args.data_root = args.data_root or "runs/shapes"
-            make_shapes(args.data_root)
+        if args.data in ("shapes", "shapes-hard"):
+            args.data_root = args.data_root or f"runs/{args.data}"
+            make_shapes(args.data_root, hard=args.data == "shapes-hard")
         elif not args.data_root:
-            raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
+            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
+        if args.data == "bdd100k":
+            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
         annotation_file, image_dir = coco_paths(args.data_root, split)
     return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
 
@@ -113,6 +135,15 @@ def average_precision(coco, results, image_ids):
     return scores
 
 
+def gather(value):
+    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @torch.inference_mode()
 def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
     """Box and mask AP of a model on a data set made with training=False.
@@ -127,16 +158,27 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None):
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
         outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
             sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
             for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
                 results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
+    everywhere = [None] * world
+    if parallel:
+        dist.gather_object(results, everywhere if rank == 0 else None)
+    else:
+        everywhere = [results]
+    if rank > 0:
+        return gather(None)[0]
+    results = [sorted(chain(*layer), key=lambda result: result["image_id"]) for layer in zip(*everywhere, strict=True)]
     layers = [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
-    return layers[-1] | ({"layers": [{"layer": i} | scores for i, scores in enumerate(layers)]} if per_layer else {})
+    scores = layers[-1] | ({"layers": [{"layer": i} | s for i, s in enumerate(layers)]} if per_layer else {})
+    return gather(scores)[0]
 
 
 def percent(value):
@@ -158,11 +200,50 @@ def print_scores(scores):
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
 
 
+def draw_layers(axes, box, mask, box_sd=None, mask_sd=None):
+    """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
+
+    axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
+    """
+    layers = np.arange(len(box))
+    box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
+    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", capsize=2)
+    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", capsize=2)
+    for layer, top, gap in zip(layers, np.fmax(box, mask), box - mask, strict=True):
+        if np.isfinite(gap):
+            axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(layers, ["input", *map(str, layers[1:])])
+    axes.set_xlabel("decoder layer")
+    axes.margins(y=0.15)
+
+
+def save_layers(scores, path):
+    """PNG of the bars of `draw_layers` for what `evaluate` with per_layer returns; a line on stderr without matplotlib.
+
+    path: of the file to write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
+        return
+    figure = Figure(figsize=(1.5 + 0.8 * len(scores["layers"]), 3.5), layout="constrained")
+    axes = figure.subplots()
+    draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
+    axes.set_ylabel("AP (numbers: box - mask)")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
     parser.add_argument("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
-    parser.add_argument("--output", metavar="FILE.json", help="also write the numbers to this JSON file")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.json",
+        help="also write the numbers to this JSON file, and with --per-layer a bar chart of them to FILE.png",
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="images at a time, of one size (default: 4)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add_data_arguments(parser)
@@ -177,6 +258,8 @@ def main():
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(scores, indent=1) + "\n")
+        if args.per_layer:
+            save_layers(scores, Path(args.output).with_suffix(".png"))
 
 
 def check_classes(path, trained, present):

@@ -1,9 +1,12 @@
 """DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: configuration, presets, the model, and its detections."""
 
+import contextlib
 import os
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,27 @@ from di import CandidateTokens, TokenInteraction, boxes_from_masks, gather_token
 from encoder import Encoder
 
 
+class InputError(ValueError):
+    """A checkpoint or setting that cannot be used; the message is one line: what, where, what to do."""
+
+
+GUIDANCE = ("t_i", "t_s1", "t_s2", "q_bal")  # choices of Config.guidance and Config.position_tokens
+POSITION_TOKENS = ("boxes", "random")
+
+
 @dataclass(frozen=True)
 class Config:
-    """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50."""
+    """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50.
+
+    Settings of the ablations whose name does not say all:
+    guidance         Table 5: the pipeline is cut behind this stage, whose best k2 tokens both guide BATO and enter the
+                     decoder; that sees T_bal from its first layer on. "t_i": one selection, the tokens T_i themselves;
+                     "t_s1": one selection (Eq. 1); "t_s2": all selections; "q_bal": behind layer 1, nothing is cut
+    position_tokens  Table 3: "random" puts learned boxes, random at first, in the place of the boxes of the selected
+                     tokens as reference of the decoder's first layer; denoising queries keep theirs
+
+    Raises InputError, a ValueError, for settings that do not go together.
+    """
 
     num_classes: int = 80
     backbone: str = "resnet50"  # a ResNet of torchvision.models, or one of backbone.SWINS
@@ -33,12 +54,14 @@ class Config:
     num_points: int = 4  # sampling points per head and level
     encoder_layers: int = 6
     encoder_feedforward_dim: int = 2048
-    di: bool = True  # De-Imbalance: token interaction and second selection (Eq. 2, 3)
+    di: bool = True  # De-Imbalance: token interaction and further selections (Eq. 2, 3); False: the last one alone
     box_init: str = "mask"  # boxes around the selected tokens' masks; "bitmask": one pixel wider and higher
-    k1: int = 600  # tokens of the first selection (Eq. 1), with DI
-    k2: int = 300  # tokens of the last selection (Eq. 3) = queries of the decoder
-    interaction_layers: int = 2
+    selections: tuple[int, ...] = (600, 300)  # tokens of each (Eq. 1, 3), interaction between them; last = queries
+    interaction_layers: int = 2  # before each selection but the first
+    position_tokens: str = "boxes"  # of the decoder's input: of the selected tokens; or "random", see above
     bato: bool = True  # Balance-Aware Tokens Optimization (Eq. 5-8)
+    guidance: str = "q_bal"  # stage whose best tokens guide BATO, see above
+    gtg: bool = True  # guiding token generation (Eq. 5-7); False: the guiding queries themselves, in Eq. 8 (Table 6)
     num_guiding: int = 50  # queries that guide
     decoder_layers: int = 6
     feedforward_dim: int = 2048  # of interaction, decoder and BATO
@@ -55,6 +78,28 @@ class Config:
     giou_weight: float = 2.0
     mask_weight: float = 5.0
     dice_weight: float = 5.0
+    box_loss_scale: float = 1.0  # factor on the weights of the box losses, not on those of the matching (Table 3)
+
+    @property
+    def stages(self):
+        """Sizes of the selections that take place: one alone without DI, or where the pipeline is cut before it."""
+        return self.selections if self.di and self.guidance in ("t_s2", "q_bal") else self.selections[-1:]
+
+    def __post_init__(self):
+        sizes = list(self.selections)
+        if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+            raise InputError(f"selections {self.selections}: give sizes of 1 or more, none above the one before it")
+        for name, choices in (("guidance", GUIDANCE), ("position_tokens", POSITION_TOKENS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if self.guidance != "q_bal" and not (self.di and self.bato):
+            raise InputError(f"guidance {self.guidance}: cuts DI short and guides BATO, so that di and bato must be on")
+        if self.guidance == "t_s2" and len(sizes) < 2:
+            raise InputError(f"guidance t_s2: needs two selections or more, not {self.selections}")
+        if not self.gtg and not self.bato:
+            raise InputError("gtg False: is a change to BATO, so that bato must be on")
+        if self.decoder_layers < 1:
+            raise InputError(f"decoder_layers {self.decoder_layers}: at least 1")
 
 
 PRESETS = {
@@ -73,8 +118,7 @@ PRESETS = {
         num_heads=4,
         encoder_layers=2,
         encoder_feedforward_dim=256,
-        k1=60,
-        k2=30,
+        selections=(60, 30),
         num_guiding=15,
         decoder_layers=3,
         feedforward_dim=256,
@@ -88,8 +132,27 @@ PRESETS = {
     ),
 }
 
+# Settings that decide which parameters there are, by the beginning of the parameters' names.
+SETTINGS_OF = {
+    "interactions.": "selections (di, guidance)",
+    "bato.": "bato",
+    "position_tokens.": "position_tokens",
+    "decoder.layers.": "decoder_layers",
+}
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+def check_config(path, checkpoint, config, **settings):
+    """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
+    found = checkpoint["config"] | checkpoint.get("settings", {})
+    wanted = asdict(config) | settings
+    different = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items()
+                 if found.get(name) != value]  # fmt: skip
+    if different:
+        raise InputError(
+            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags"
+        )
 
 
 def build_model(preset="dimaskdino_r50", **overrides):
@@ -112,13 +175,25 @@ class DIMaskDINO(nn.Module):
         self.encoder = Encoder(config, self.backbone.channels)
         self.candidates = CandidateTokens(config)
         self.heads = PredictionHeads(config)
-        self.interaction = TokenInteraction(config) if config.di else None
+        self.interactions = nn.ModuleList(TokenInteraction(config) for _ in config.stages[1:])
         self.bato = BATO(config) if config.bato else None
         self.decoder = Decoder(config)
         self.label_embedding = nn.Embedding(config.num_classes, config.hidden_dim)
+        self.position_tokens = nn.Embedding(config.selections[-1], 4) if config.position_tokens == "random" else None
         if config.grad_checkpoint:
             for layer in chain(*self.backbone.stages, self.encoder.layers, self.decoder.layers):
                 layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in nn.Module; where entries are missing or unknown, the error begins with the settings behind that."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            differing = self.state_dict().keys() ^ state_dict.keys()
+            named = [name for start, name in SETTINGS_OF.items() if any(key.startswith(start) for key in differing)]
+            if named:
+                raise RuntimeError(f"the weights are of a model with other {' and '.join(named)}: {error}") from None
+            raise
 
     def batch(self, images):
         """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
@@ -128,16 +203,18 @@ class DIMaskDINO(nn.Module):
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
 
-    def forward(self, images, targets=None, all_layers=False):
+    def forward(self, images, targets=None, all_layers=False, max_instances=None):
         """Fig. 2, from images to predictions.
 
         images      list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)
         targets     in training, for the denoising queries: per image {"labels": (n,) int64, "boxes": (n, 4) normalised
                     cxcywh relative to the padded batch}
         all_layers  in evaluation mode, compute the predictions of every layer as in training
+        max_instances  largest n, where the images are a part of a batch that counts as a whole
 
         Returns pred_logits (B, Q, classes), pred_boxes (B, Q, 4) normalised cxcywh relative to the padded batch,
-        pred_masks (B, Q, H/4, W/4) logits, all of the last layer; selection: {first, second, guiding} int64 (B, k).
+        pred_masks (B, Q, H/4, W/4) logits, all of the last layer; selection: {first, second, guiding} int64 (B, k),
+        each among the tokens before it (with three selections also third).
         In training or with `all_layers` also aux_outputs: the same predictions on the decoder's input and after each
         layer but the last; interm_outputs: those of the first selection; di_outputs: class and box after each
         interaction layer; and with targets dn_outputs: the predictions on the denoising queries, with aux_outputs.
@@ -151,29 +228,40 @@ class DIMaskDINO(nn.Module):
 
         # De-Imbalance (Sec. 3.2.2)
         candidates, proposals = self.candidates(t_i, level_shapes)
-        k1 = self.config.k1 if self.config.di else self.config.k2
-        t_s1, selection["first"] = select(candidates, heads.class_head(candidates), k1)  # Eq. 1
+        first, *further = self.config.stages
+        t_s1, selection["first"] = select(candidates, heads.class_head(candidates), first)  # Eq. 1
         boxes = boxes_from_masks(heads.masks(t_s1, pixel_features), self.config.box_init)
         if every:
             selected = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
             outputs["interm_outputs"] = heads(t_s1, selected, pixel_features)
         queries = t_s1.detach()
         boxes = inverse_sigmoid(boxes).sigmoid()
-        if self.interaction:
-            states = self.interaction(queries, boxes)  # Eq. 2
+        for number, (interaction, k) in enumerate(zip(self.interactions, further, strict=True), start=2):
+            states = interaction(queries, boxes)  # Eq. 2
             if every:
-                outputs["di_outputs"] = [self.interaction.predict(x, b, heads) for x, b in states]
+                predictions = [interaction.predict(x, b, heads) for x, b in states]
+                outputs["di_outputs"] = outputs.get("di_outputs", []) + predictions
             t_s1_sa, boxes = states[-1]
-            scores = heads.class_head(self.interaction.norm(t_s1_sa))
-            queries, selection["second"] = select(t_s1_sa, scores, self.config.k2)  # Eq. 3: T_s2
-            boxes = inverse_sigmoid(gather_tokens(boxes, selection["second"])).sigmoid()
+            scores = heads.class_head(interaction.norm(t_s1_sa))
+            name = {2: "second", 3: "third"}.get(number, f"{number}th")
+            queries, selection[name] = select(t_s1_sa, scores, k)  # Eq. 3: T_s2
+            boxes = inverse_sigmoid(gather_tokens(boxes, selection[name])).sigmoid()
+
+        # Ablations: other queries, boxes or guidance (Tables 3, 5)
+        if self.config.guidance == "t_i":
+            queries = gather_tokens(t_i, selection["first"]).detach()
+        if self.position_tokens:
+            boxes = self.position_tokens.weight[: queries.shape[1]].sigmoid().expand(len(queries), -1, -1)
+        if self.config.guidance != "q_bal":  # the decoder sees T_bal from its first layer on
+            args = queries, boxes, t_i, level_shapes, pixel_features, heads, decoder
+            t_i, pixel_features, selection["guiding"] = self.bato(*args)
 
         # Denoising queries come first
         num_dn, attn_mask = 0, None
         if self.training:
             queries = queries + 0 * self.label_embedding.weight.sum()  # every parameter gets a gradient in every batch
         if self.training and targets is not None:
-            settings = self.config.denoising_queries, self.config.noise_scale
+            settings = self.config.denoising_queries, self.config.noise_scale, max_instances
             denoising = denoising_queries(targets, self.label_embedding, queries.shape[1], *settings)
             if denoising:
                 content, noisy_boxes, attn_mask, num_groups = denoising
@@ -191,7 +279,7 @@ class DIMaskDINO(nn.Module):
 
         # Balance-Aware Tokens Optimization (Sec. 3.2.3)
         t_bal = t_i
-        if self.bato:
+        if self.bato and self.config.guidance == "q_bal":
             args = q_bal, boxes[:, num_dn:], t_i, level_shapes, pixel_features, heads, decoder
             t_bal, pixel_features, selection["guiding"] = self.bato(*args)  # Eq. 5-8
 
@@ -251,10 +339,6 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100):
     return detections
 
 
-class InputError(ValueError):
-    """A checkpoint or setting that cannot be used; the message is one line: what, where, what to do."""
-
-
 def read_checkpoint(path):
     """The dictionary in a checkpoint file of `train.py` or `convert.py`, on the CPU.
 
@@ -287,14 +371,40 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(path, checkpoint, keep=None):
+    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
+
+    keep: a name in the same folder for the file that was at `path`. Raises InputError where the disk does not take it;
+    what was at `path` is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            link(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
+            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
+        raise
+
+
+def link(path, name):
+    """Let `name`, in the same folder, be the file that `path` is now, without a copy where the disk has hard links."""
+    temporary = path.with_name(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
 
 
 def choose_device(name):

@@ -205,7 +205,8 @@ def test_categories():
 
 def test_models_that_were_not_released_are_not_reverted():
     config = PRESETS["tiny"]
-    with pytest.raises(ConversionError, match="no model with backbone resnet18, frozen_batch_norm False, hidden_dim 64"):
+    message = "no model with backbone resnet18, frozen_batch_norm False, hidden_dim 64"
+    with pytest.raises(ConversionError, match=message):
         released_state_dict(DIMaskDINO(config).state_dict(), config)
     with pytest.raises(ConversionError, match="missing: bato.norm.weight"):
         state = convert_state_dict(checkpoint("dimaskdino_r50"))

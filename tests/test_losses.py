@@ -11,7 +11,9 @@ from losses import SetCriterion, mask_losses, uncertain_points
 from matcher import sample_points
 from model import PRESETS, build_model
 
-CONFIG = replace(PRESETS["tiny"], num_classes=3, loss_points=40, decoder_layers=2, interaction_layers=1)
+CONFIG = replace(
+    PRESETS["tiny"], num_classes=3, loss_points=40, decoder_layers=2, interaction_layers=1, class_weight=4.0
+)
 Q, SIZE = 5, 16
 
 

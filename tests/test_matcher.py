@@ -11,7 +11,7 @@ import torchvision
 from matcher import HungarianMatcher, class_cost, mask_costs, pairwise_giou, sample_masks, sample_points
 from model import PRESETS
 
-CONFIG = replace(PRESETS["tiny"], num_classes=3, loss_points=200)
+CONFIG = replace(PRESETS["tiny"], num_classes=3, loss_points=200, class_weight=4.0)
 
 
 def problem(Q, counts, seed=0, size=16):

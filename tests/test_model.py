@@ -13,8 +13,7 @@ SMALL = {
     "num_classes": 4,
     "hidden_dim": 64,
     "encoder_layers": 1,
-    "k1": 40,
-    "k2": 20,
+    "selections": (40, 20),
     "num_guiding": 8,
     "decoder_layers": 3,
     "denoising_queries": 12,
@@ -127,7 +126,7 @@ def test_every_parameter_gets_a_gradient(variant, case):
 @pytest.mark.parametrize("size", [(1, 1), (20, 90)])
 @pytest.mark.parametrize("system", ["DI-MaskDINO", "Mask DINO"])
 def test_images_with_fewer_tokens_than_queries(system, size):
-    model = small_model(**SYSTEMS[system], k1=600, k2=300, num_guiding=50)
+    model = small_model(**SYSTEMS[system], selections=(600, 300), num_guiding=50)
     images = [torch.rand(3, *size)] * 2
     height, width = (32 * -(-n // 32) for n in size)
     tokens = sum(-(-height // s) * -(-width // s) for s in (8, 16, 32, 64))
@@ -197,11 +196,11 @@ def test_presets():
         build_model("huge")
     with pytest.raises(TypeError, match="colour"):
         build_model("tiny", colour=3)
-    assert PRESETS["dimaskdino_r50"].k1 == 600 and PRESETS["dimaskdino_r50"].k2 == 300
+    assert PRESETS["dimaskdino_r50"].selections == (600, 300)
     mask_dino = PRESETS["maskdino_r50"]
     assert (mask_dino.di, mask_dino.bato, mask_dino.decoder_layers) == (False, False, 9)
     names = {name.split(".")[0] for name, _ in small_model(di=False, bato=False).named_parameters()}
-    assert not names & {"interaction", "bato"}
+    assert not names & {"interactions", "bato", "position_tokens"}
 
 
 def test_initial_boxes_are_the_reference_boxes():
