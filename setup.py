@@ -40,7 +40,7 @@ if torch:
         os.environ["CUDA_HOME"] = str(home)
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is no trouble
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU, no ninja: all this is no trouble
     from torch.utils import cpp_extension
 
 
@@ -86,7 +86,8 @@ class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
                         super().build_extensions()
                 except (Exception, SystemExit) as error:
                     output.seek(0)
-                    print(complaints(output.read()), file=sys.stderr)
+                    if said := complaints(output.read()):
+                        print(said, file=sys.stderr)
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     print(f"setup.py: {extension.name} is not built ({reason}); {instead}")
             extension.optional = True

@@ -69,8 +69,8 @@ class Clock:
 
         model.backbone.register_forward_hook(after_backbone)
         model.encoder.register_forward_hook(after_encoder)
-        if model.interaction:
-            model.interaction.register_forward_hook(lambda *args: self.mark("DI, forward"))
+        for interaction in model.interactions:
+            interaction.register_forward_hook(lambda *args: self.mark("DI, forward"))
         model.register_forward_hook(lambda *args: self.mark("decoder and BATO, forward"))
         criterion.matcher.register_forward_pre_hook(lambda *args: self.mark("losses, forward"))
         criterion.matcher.register_forward_hook(lambda *args: self.mark("matching"))
