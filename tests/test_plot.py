@@ -45,9 +45,8 @@ def panels(figure):
 
 def test_lines_show_what_the_log_says(tmp_path):
     pytest.importorskip("matplotlib")
-    figure = plot.draw(
-        {"a": plot.read_log(write_log(tmp_path / "a")), "b": plot.read_log(write_log(tmp_path / "b", 5))}
-    )
+    runs = {"a": write_log(tmp_path / "a"), "b": write_log(tmp_path / "b", 5, layers=6)}
+    figure = plot.draw({name: plot.read_log(run) for name, run in runs.items()})
     drawn = panels(figure)
     a, b = drawn["Total loss"].lines
     assert points(a)[0] == (20, 4000 / 120) and points(b)[-1] == (600, 4000 / 700 + 5) and len(points(a)) == 30
