@@ -12,6 +12,7 @@ import struct
 import warnings
 import zlib
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -100,13 +101,18 @@ def read_annotations(annotation_file, image_dir):
     """
     gc.disable()  # millions of new lists, no cycles: the collector would need as long as the parser
     try:
+        return _read_annotations(annotation_file, image_dir)
+    finally:
+        gc.enable()
+
+
+def _read_annotations(annotation_file, image_dir):
+    try:
         dataset = json.loads(Path(annotation_file).read_bytes())
     except OSError as error:
         raise DataError(f"{annotation_file}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise DataError(f"{annotation_file}: is not JSON ({error}); give a COCO annotation file") from None
-    finally:
-        gc.enable()
     for key in ("images", "annotations", "categories"):
         entries = dataset.get(key) if isinstance(dataset, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -152,7 +158,7 @@ def read_annotations(annotation_file, image_dir):
         warnings.warn(
             f"{annotation_file}: {len(degenerate)} degenerate annotation(s) left out, the first is annotation {first}:"
             f" {degenerate[first]}",
-            stacklevel=3,
+            stacklevel=4,
         )
         dataset["annotations"] = [a for a in dataset["annotations"] if a["id"] not in degenerate]
     if wrong:
@@ -175,18 +181,22 @@ ANNOTATION_KEYS = {
 
 def _check_entries(annotation_file, dataset, key, types):
     """Raise DataError unless the entries of dataset[key] have unique ids and these keys with values of these types."""
-    seen = set()
-    for index, entry in enumerate(dataset[key]):
-        for name, kind in types.items():
-            if not isinstance(entry.get(name), kind):
-                what = "wrong" if name in entry else "no"
-                where = f"entry {index} of {key!r} (id {entry.get('id')})"
-                raise DataError(f"{annotation_file}: {where} has {what} {name!r}; correct the file")
-        seen.add(entry["id"])
-        if len(seen) == index:
-            raise DataError(f"{annotation_file}: id {entry['id']} occurs twice in {key!r}; make the ids unique")
-        if key == "images" and not (entry["height"] > 0 and entry["width"] > 0):
-            raise DataError(f"{annotation_file}: image {entry['id']} has no area; correct its height and width")
+    entries = dataset[key]
+    for name, kind in types.items():
+        # The few types that occur are quicker to collect than each entry is to judge.
+        if not all(issubclass(found, kind) for found in {type(entry.get(name)) for entry in entries}):
+            index, entry = next((i, e) for i, e in enumerate(entries) if not isinstance(e.get(name), kind))
+            what = "wrong" if name in entry else "no"
+            where = f"entry {index} of {key!r} (id {entry.get('id')})"
+            raise DataError(f"{annotation_file}: {where} has {what} {name!r}; correct the file")
+    ids = Counter(entry["id"] for entry in entries)
+    if len(ids) < len(entries):
+        [(twice, _)] = ids.most_common(1)
+        raise DataError(f"{annotation_file}: id {twice} occurs twice in {key!r}; make the ids unique")
+    if key == "images":
+        for entry in entries:
+            if not (entry["height"] > 0 and entry["width"] > 0):
+                raise DataError(f"{annotation_file}: image {entry['id']} has no area; correct its height and width")
 
 
 def _degenerate_geometry(annotation):
@@ -469,7 +479,7 @@ class LargeScaleJitter(v2.Transform):
     """Scale the image to fit size x size times a random factor, crop size x size at random, pad with grey (128/255).
 
     The padding is at the bottom and right. The window to crop is chosen in the unscaled image, in whole pixels, and
-    only it is resized: the same distribution, at a fraction of the work.
+    only it is resized: the same distribution but for the rounding, at a fraction of the work.
     """
 
     def __init__(self, size, scale_range):
