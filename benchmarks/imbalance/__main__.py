@@ -33,13 +33,12 @@ def train_and_evaluate(name, seed, output, launcher):
     train = ["train.py", *RECIPE, *ABLATIONS[name], "--seed", str(seed), "--eval-every", "1000", "--resume", *small]
     checkpoint = folder / "checkpoint.pt"
     evaluate = ["eval.py", "--checkpoint", checkpoint, *RECIPE[:2], "--per-layer", *small]
+    commands = [*train, "--output", folder], [*evaluate, "--output", folder / "per_layer.json"]
+    both = " && ".join(shlex.join(map(str, [sys.executable, *command])) for command in commands)
+    print(both, flush=True)
     with open(folder / "output.txt", "a") as log:
-        for command in ([*train, "--output", folder], [*evaluate, "--output", folder / "per_layer.json"]):
-            words = [*launcher, sys.executable, *map(str, command)]
-            print(shlex.join(words), flush=True)
-            subprocess.run(
-                words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True
-            )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*launcher, "sh", "-c", both], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
 
 
 def collect(output, seeds):
