@@ -91,7 +91,9 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
         value, sampling_locations, attention_weights = (
             x.float() for x in (value, sampling_locations, attention_weights)
         )
-    grids = (2 * sampling_locations - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (B*M, L, P, Q, 2)
+    grids = 2 * sampling_locations - 1
+    grids = grids.where(grids.abs() < 3, 3)  # outside every map; grid_sample makes NaN of NaN and infinite ones
+    grids = grids.permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (B*M, L, P, Q, 2)
     weights = attention_weights.permute(0, 2, 3, 4, 1).flatten(0, 1)  # (B*M, L, P, Q)
     out = value.new_zeros(B * M, D, Q)
     sizes = [height * width for height, width in level_shapes]
@@ -251,8 +253,9 @@ def xavier_matrices_(module):
 if __name__ == "__main__":
     for device, reason in WITHOUT_OP.items():
         if device == "cuda" and torch.version.cuda is None:
-            reason = "is not needed: this torch has no CUDA"
-        present = "" if device == "cpu" or torch.cuda.is_available() else " (torch sees no GPU here)"
-        print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op") + present)
-    if any(WITHOUT_OP.values()):
-        print(f"build it: {BUILD}")
+            print("cuda: this torch has none")
+            continue
+        absent = " (torch sees no GPU here)" if device == "cuda" and not torch.cuda.is_available() else ""
+        print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op") + absent)
+        if reason:
+            print(f"  build it: {BUILD}")

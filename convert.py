@@ -13,6 +13,7 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed
+from data import BDD100K_CLASSES
 from model import PRESETS, Config, DIMaskDINO, InputError, read_checkpoint, save_checkpoint
 
 # Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
@@ -68,8 +69,6 @@ NAMES += [
 ]
 # Entries of released checkpoints that hold nothing of the model.
 IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*\.(num_batches_tracked|relative_position_index)$")
-
-BDD100K_CLASSES = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
 
 
 class ConversionError(InputError):
@@ -191,7 +190,7 @@ def categories(num_classes):
         names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by category id, with gaps
         known = {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}
         return list(known.values()), list(known)
-    names = BDD100K_CLASSES if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
+    names = list(BDD100K_CLASSES) if num_classes == 8 else [f"class {i}" for i in range(num_classes)]
     return names, list(range(1, num_classes + 1))
 
 

@@ -6,17 +6,28 @@ import io
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from data import CocoInstances, DataError, coco_paths, collate, eval_transform, make_shapes
+from data import (
+    CocoInstances,
+    DataError,
+    bdd100k_paths,
+    coco_paths,
+    collate,
+    eval_transform,
+    make_shapes,
+    read_bdd100k,
+)
 from model import InputError, choose_device, load_model, postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
@@ -27,14 +38,16 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        choices=["shapes", "shapes-hard", "coco"],
+        choices=["shapes", "shapes-hard", "coco", "bdd100k"],
         default="shapes",
-        help="shapes, shapes-hard: generated images; coco: a data set in COCO format (default: shapes)",
+        help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
+        "(default: shapes)",
     )
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder of the data set in COCO's layout; for shapes, where to generate it (default: runs/ + its name)",
+        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: runs/ + "
+        "its name)",
     )
     for split in ("train", "val"):
         group.add_argument(
@@ -47,10 +60,17 @@ def add_data_arguments(parser):
         )
     group.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=min(4, (os.cpu_count() or 2) // 2),
         help="processes that load the data (default: half the cores, at most 4)",
     )
+
+
+def count(text):
+    """An argparse type: an integer, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
 
 
 def open_split(args, split, transform):
@@ -63,7 +83,9 @@ def open_split(args, split, transform):
             args.data_root = args.data_root or f"runs/{args.data}"
             make_shapes(args.data_root, hard=args.data == "shapes-hard")
         elif not args.data_root:
-            raise DataError(f"--data coco needs --data-root, or --{split}-json and --{split}-images")
+            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
+        if args.data == "bdd100k":
+            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
         annotation_file, image_dir = coco_paths(args.data_root, split)
     return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
 
@@ -113,6 +135,15 @@ def average_precision(coco, results, image_ids):
     return scores
 
 
+def gather(value):
+    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @torch.inference_mode()
 def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
     """Box and mask AP of a model on a data set made with training=False.
@@ -127,16 +158,27 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None):
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
         outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
             sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
             for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
                 results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
+    everywhere = [None] * world
+    if parallel:
+        dist.gather_object(results, everywhere if rank == 0 else None)
+    else:
+        everywhere = [results]
+    if rank > 0:
+        return gather(None)[0]
+    results = [sorted(chain(*layer), key=lambda result: result["image_id"]) for layer in zip(*everywhere, strict=True)]
     layers = [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
-    return layers[-1] | ({"layers": [{"layer": i} | scores for i, scores in enumerate(layers)]} if per_layer else {})
+    scores = layers[-1] | ({"layers": [{"layer": i} | s for i, s in enumerate(layers)]} if per_layer else {})
+    return gather(scores)[0]
 
 
 def percent(value):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points
+from matcher import HungarianMatcher, full_precision, pairwise_giou, sample_masks, sample_points
 
 
 def uncertain_points(logits, num_points, oversampling=3, share=0.75):
@@ -69,7 +69,7 @@ class SetCriterion(nn.Module):
         instances: labels, boxes and masks of all images in one tensor each, and starts, the first of every image.
         pairs: per image (queries, targets), int64.
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
         image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
         query = torch.cat([query for query, _ in pairs])
         index = torch.cat([start + index for start, (_, index) in zip(instances["starts"], pairs, strict=True)])
@@ -84,24 +84,26 @@ class SetCriterion(nn.Module):
         terms["loss_bbox"] = F.l1_loss(boxes, wanted, reduction="sum")
         terms["loss_giou"] = (1 - pairwise_giou(boxes[:, None], wanted[:, None])).sum()
         if "pred_masks" in outputs:
-            masks = outputs["pred_masks"][picked], instances["masks"][index]
+            masks = full_precision(outputs["pred_masks"][picked]), instances["masks"][index]
             terms["loss_mask"], terms["loss_dice"] = mask_losses(*masks, self.num_points)
         return {name: term / num_instances for name, term in terms.items()}
 
-    def forward(self, outputs, targets):
+    def forward(self, outputs, targets, num_instances=None):
         """outputs: of the model in training mode. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh,
-        masks (n, H, W) bool, at the padded size of the batch.
+        masks (n, H, W) bool, at the padded size of the batch. Half-precision outputs are taken to float32.
 
-        Returns the unweighted terms {name: scalar}, divided by the number of instances averaged over the processes.
+        Returns the unweighted terms {name: scalar}, divided by `num_instances`, a float: as a default the instances in
+        these targets, averaged over the processes, at least 1.
         """
         counts = [len(t["labels"]) for t in targets]
         instances = {name: torch.cat([t[name] for t in targets]) for name in ("labels", "boxes", "masks")}
         instances["starts"] = [sum(counts[:b]) for b in range(len(counts))]
-        num_instances = outputs["pred_boxes"].new_tensor(sum(counts))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(num_instances)
-            num_instances = num_instances / dist.get_world_size()
-        num_instances = num_instances.clamp(min=1)
+        if num_instances is None:
+            num_instances = outputs["pred_boxes"].new_tensor(sum(counts))
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(num_instances)
+                num_instances = num_instances / dist.get_world_size()
+            num_instances = num_instances.clamp(min=1)
 
         sets = {"": outputs, "_interm": outputs["interm_outputs"]}
         sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}

@@ -8,6 +8,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 
+def full_precision(x):
+    """The tensor, in float32 if it is of a half-precision dtype, as predictions under autocast are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def sample_points(maps, points):
     """Bilinear samples of maps (N, H, W) at points (N, P, 2), (x, y) in [0, 1] -> (N, P); outside counts as zero."""
     return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
@@ -78,13 +83,14 @@ class HungarianMatcher(nn.Module):
 
         What stands behind an image's own targets has no meaning.
         """
-        logits, boxes, masks = outputs["pred_logits"], outputs["pred_boxes"], outputs.get("pred_masks")
+        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
         labels, wanted = (pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes"))
         wanted = wanted.to(boxes)
         cost = self.cost_class * class_cost(logits, labels)
         cost = cost + self.cost_box * torch.cdist(boxes, wanted, p=1)
         cost = cost - self.cost_giou * pairwise_giou(boxes, wanted)
-        if masks is not None and labels.shape[1]:
+        if "pred_masks" in outputs and labels.shape[1]:
+            masks = full_precision(outputs["pred_masks"])
             counts = [len(t["labels"]) for t in targets]
             points = torch.rand(len(masks), self.num_points, 2, dtype=masks.dtype, device=masks.device)
             predicted = F.grid_sample(masks, 2 * points[:, None] - 1, align_corners=False)[:, :, 0]  # (B, Q, P)

@@ -1,9 +1,12 @@
 """DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: configuration, presets, the model, and its detections."""
 
+import contextlib
 import os
+import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -140,17 +143,15 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-def check_config(path, checkpoint, config):
-    """Raise InputError where a checkpoint was made with other settings than `config`, naming them."""
-    ours = asdict(config)
-    different = [
-        f"{name} {value} instead of {ours[name]}"
-        for name, value in checkpoint["config"].items()
-        if ours.get(name) != value
-    ]
+def check_config(path, checkpoint, config, **settings):
+    """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
+    found = checkpoint["config"] | checkpoint.get("settings", {})
+    wanted = asdict(config) | settings
+    different = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items()
+                 if found.get(name) != value]  # fmt: skip
     if different:
         raise InputError(
-            f"{path}: is of another model ({', '.join(different)}); resume it with the flags it was trained with"
+            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags"
         )
 
 
@@ -202,13 +203,14 @@ class DIMaskDINO(nn.Module):
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
 
-    def forward(self, images, targets=None, all_layers=False):
+    def forward(self, images, targets=None, all_layers=False, max_instances=None):
         """Fig. 2, from images to predictions.
 
         images      list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)
         targets     in training, for the denoising queries: per image {"labels": (n,) int64, "boxes": (n, 4) normalised
                     cxcywh relative to the padded batch}
         all_layers  in evaluation mode, compute the predictions of every layer as in training
+        max_instances  largest n, where the images are a part of a batch that counts as a whole
 
         Returns pred_logits (B, Q, classes), pred_boxes (B, Q, 4) normalised cxcywh relative to the padded batch,
         pred_masks (B, Q, H/4, W/4) logits, all of the last layer; selection: {first, second, guiding} int64 (B, k),
@@ -259,7 +261,7 @@ class DIMaskDINO(nn.Module):
         if self.training:
             queries = queries + 0 * self.label_embedding.weight.sum()  # every parameter gets a gradient in every batch
         if self.training and targets is not None:
-            settings = self.config.denoising_queries, self.config.noise_scale
+            settings = self.config.denoising_queries, self.config.noise_scale, max_instances
             denoising = denoising_queries(targets, self.label_embedding, queries.shape[1], *settings)
             if denoising:
                 content, noisy_boxes, attn_mask, num_groups = denoising
@@ -369,14 +371,40 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(path, checkpoint, keep=None):
+    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
+
+    keep: a name in the same folder for the file that was at `path`. Raises InputError where the disk does not take it;
+    what was at `path` is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            link(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
+            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
+        raise
+
+
+def link(path, name):
+    """Let `name`, in the same folder, be the file that `path` is now, without a copy where the disk has hard links."""
+    temporary = path.with_name(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
 
 
 def choose_device(name):

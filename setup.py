@@ -5,9 +5,13 @@ TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 8.0 to 9.0. Neither is 
 plain PyTorch, so a build that fails says so in one line and is no error.
 """
 
+import logging
 import os
+import re
 import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,20 +40,56 @@ if torch:
         os.environ["CUDA_HOME"] = str(home)
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is no trouble
     from torch.utils import cpp_extension
+
+
+@contextmanager
+def output_in(file):
+    """Sends to the open file what this process and its children print, compilers and ninja among them."""
+    terminal = os.dup(1), os.dup(2)
+    try:
+        for number in (1, 2):
+            sys.stdout.flush()
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        for number, saved in zip((1, 2), terminal, strict=True):
+            sys.stdout.flush()
+            os.dup2(saved, number)
+            os.close(saved)
+
+
+def complaints(output):
+    """What compilers said, without the command lines, which are longer."""
+    lines = [line for line in output.splitlines() if not re.match(r"\[\d+/\d+\]|FAILED: |ninja: |.* -[co] ", line)]
+    return "\n".join(lines[:60])
 
 
 class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
     def build_extensions(self):
         """Builds one library after the other, so that what fails for one does not stop the next."""
+        instead = "the model runs in plain PyTorch instead"
+        compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]
+        if not shutil.which(compiler):
+            print(f"setup.py: csrc is not built, there is no C++ compiler {compiler} (set CXX to one); {instead}")
+            return
+        if torch.version.cuda and not home:
+            print(f"setup.py: there is no nvcc (set CUDA_HOME), so csrc is built for the CPU; on a GPU {instead}")
         extensions, compile_all, compile_one = self.extensions, self.compiler.compile, self.compiler._compile
         for extension in extensions:
             self.extensions, self.compiler.compile, self.compiler._compile = [extension], compile_all, compile_one
-            try:
-                super().build_extensions()
-            except (Exception, SystemExit) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"setup.py: {extension.name} is not built ({reason}); the model runs in plain PyTorch instead")
+            extension.optional = False  # or setuptools would only warn
+            with tempfile.TemporaryFile("w+", errors="replace") as output:
+                try:
+                    with output_in(output):
+                        super().build_extensions()
+                except (Exception, SystemExit) as error:
+                    output.seek(0)
+                    print(complaints(output.read()), file=sys.stderr)
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    print(f"setup.py: {extension.name} is not built ({reason}); {instead}")
+            extension.optional = True
         self.extensions = extensions
 
     def get_ext_filename(self, name):

@@ -1,20 +1,29 @@
-"""Trains a model: without arguments, preset `tiny` on generated shapes, on a GPU if there is one."""
+"""Trains a model, in one process or under torchrun; without arguments, preset `tiny` on generated shapes."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torchvision
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from backbone import load_backbone_weights
+from backbone import SWINS, load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
-from eval import add_data_arguments, evaluate, open_split, percent, run_program
+from eval import add_data_arguments, evaluate, gather, open_split, percent, run_program
 from losses import SetCriterion
 from model import (
     GUIDANCE,
@@ -24,26 +33,160 @@ from model import (
     InputError,
     check_config,
     choose_device,
-    read_checkpoint,  # fmt: skip
+    link,
+    read_checkpoint,
     save_checkpoint,
 )
 from predict import draw_instances, predict, save_png
 
-# What the flags default to: the published recipe, and what trains `tiny` on two CPU cores in minutes.
-PUBLISHED = {
-    "epochs": 12,
-    "batch_size": 16,
-    "lr": 1e-4,
-    "backbone_lr": 1e-5,
-    "lr_drops": [81_125 / 88_500],
-    "warmup": 0,
+# The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
+SCHEDULES = {
+    "12ep": (88_500, 16, [81_125]),
+    "24ep": (177_000, 16, [147_500]),
+    "50ep": (368_750, 16, [327_778, 355_092]),
+    "bdd68ep": (59_500, 8, [43_750]),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
 }
-RECIPES = {
-    "tiny": {"epochs": 10, "batch_size": 16, "lr": 1e-3, "backbone_lr": 1e-3, "lr_drops": [0.8, 0.95], "warmup": 100}
-}
+LEARNING_RATE, BACKBONE_FACTOR, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 0.05, 0.01
+TINY = SimpleNamespace(epochs=10, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
+LOG_EVERY = 20  # iterations
 
 
-def parameter_groups(model, lr, backbone_lr, weight_decay):
+def parse_arguments(argv=None):
+    """The flags as a namespace; what is left out is None where `plan` chooses by preset and schedule."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
+    add("--output", default="runs/train", metavar="DIR", help="checkpoints, log, pictures (default: runs/train)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output, if there is one")
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add("--seed", type=int, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
+    add_data_arguments(parser)
+
+    add = parser.add_argument_group("starting point").add_argument
+    add(
+        "--backbone-weights",
+        metavar="NAME-OR-FILE",
+        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, "
+        "Microsoft's Swin or Detectron2; or none (default: torchvision's ImageNet weights; for tiny, none)",
+    )
+    add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
+    )
+
+    add = parser.add_argument_group("schedule; the default is the published one, or that of tiny").add_argument
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        help="a published number of iterations, stretched for another batch size (default: 12 epochs of the data)",
+    )
+    add("--epochs", type=positive, help="passes over the training images, instead of the schedule's length")
+    add("--batch-size", type=positive, help="images per forward pass, over all processes (default: 16; bdd68ep: 8)")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
+    add(
+        "--lr", type=float, help="learning rate (default: 1e-4 for the schedule's images per step, in proportion to it)"
+    )
+    add("--backbone-lr", type=float, help="learning rate of the backbone (default: a tenth of the other)")
+    add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="where the rates drop to a tenth")
+    add("--warmup", type=int, metavar="ITERATIONS", help="rates rise from zero (default: 0; for tiny, 100)")
+    add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
+    add("--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default 1)")
+    add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
+    add("--save-every", type=positive, default=1000, metavar="ITERATIONS", help="and at epochs' ends (default: 1000)")
+
+    add = parser.add_argument_group("memory and precision").add_argument
+    add(
+        "--precision",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the model's activations (default: auto, bfloat16 on a GPU that has it, float16 on others, float32 on "
+        "the CPU); matching and losses are in float32",
+    )
+    add("--grad-checkpoint", action="store_true", help="save memory: compute the layers twice instead of storing them")
+
+    add = parser.add_argument_group("images; the default is the preset's").add_argument
+    add("--train-size", type=positive, help="side of the training crops in pixels")
+    add("--train-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="range of the scale jitter before the crop")
+    add("--test-size", type=positive, nargs=2, metavar=("SHORTER", "LONGER"), help="shorter side, longer side at most")
+
+    add = parser.add_argument_group("ablations of the paper, Tables 3-9; the default is the preset's").add_argument
+    add("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
+    add("--no-bato", dest="bato", action="store_false", default=None, help="without BATO")
+    add("--guidance", choices=GUIDANCE, help="tokens that guide BATO; the pipeline is cut behind them")
+    add("--no-gtg", dest="gtg", action="store_false", default=None, help="the queries themselves guide BATO")
+    add("--selections", type=selections, metavar="N,...", help="sizes of the selections, e.g. 600,300")
+    add("--decoder-layers", type=positive, metavar="N", help="layers of the decoder")
+    add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
+    add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
+    return parser.parse_args(argv)
+
+
+def positive(text):
+    """A positive integer, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
+
+
+def selections(text):
+    """"600,300" -> (600, 300), for argparse."""
+    return tuple(positive(size) for size in text.split(","))
+
+
+CONFIG_FLAGS = (
+    "train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
+    "box_loss_scale", "position_tokens",
+)  # fmt: skip
+
+
+def make_config(args):
+    """The Config of the preset with the flags that are given."""
+    given = {name: getattr(args, name) for name in CONFIG_FLAGS if getattr(args, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(PRESETS[args.preset], grad_checkpoint=args.grad_checkpoint, **given)
+
+
+def plan(args, num_images):
+    """What the flags and the number of training images make of the schedule: a namespace with
+
+    batch_size and step_size  images per forward pass and per optimizer step, over all processes
+    iterations, milestones    of the whole schedule: its optimizer steps, and those at which the rates drop to a tenth
+    lr, backbone_lr, warmup   the highest rates, and the iterations in which they rise to them
+    """
+    if args.preset == "tiny" and not args.schedule:
+        epochs, published_batch, drops, lr, factor, warmup = (
+            TINY.epochs, TINY.batch_size, TINY.drops, TINY.lr, TINY.backbone_factor, TINY.warmup
+        )  # fmt: skip
+    else:
+        length, published_batch, drops = SCHEDULES[args.schedule or "12ep"]
+        drops = [drop / length for drop in drops]
+        epochs, lr, factor, warmup = 12, LEARNING_RATE, BACKBONE_FACTOR, 0
+    batch_size = args.batch_size or published_batch
+    step_size = batch_size * args.accumulate
+    if args.schedule and not args.epochs:
+        iterations = round(length * published_batch / step_size)
+    else:
+        iterations = math.ceil((args.epochs or epochs) * num_images / step_size)
+    lr = args.lr or lr * step_size / published_batch
+    return SimpleNamespace(
+        batch_size=batch_size,
+        step_size=step_size,
+        iterations=iterations,
+        milestones=args.milestones or [round(drop * iterations) for drop in drops],
+        lr=lr,
+        backbone_lr=args.backbone_lr or lr * factor,
+        warmup=warmup if args.warmup is None else args.warmup,
+    )
+
+
+def lr_factor(iteration, milestones, warmup):
+    """Factor on the rates: linear over the first `warmup` iterations, a tenth from each milestone on."""
+    return min(1.0, (iteration + 1) / (warmup + 1)) * 0.1 ** sum(iteration >= milestone for milestone in milestones)
+
+
+def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
     """AdamW's groups: the backbone has its own rate; norms, embeddings, relative-position tables no weight decay."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
     groups = {}
@@ -58,20 +201,179 @@ def parameter_groups(model, lr, backbone_lr, weight_decay):
     ]
 
 
-def lr_factor(iteration, total, drops, warmup):
-    """Factor on the learning rate: linear over the first `warmup` iterations, x 0.1 behind each fraction in `drops`."""
-    return min(1.0, (iteration + 1) / (warmup + 1)) * 0.1 ** sum(iteration >= drop * total for drop in drops)
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness: all of it follows from the seed and the position in training, so that a resumed run repeats nothing
 
 
-def to_device(targets, device):
-    """The tensors of the targets on the device; the rest as it is."""
+def seed_of(*numbers):
+    """A 32-bit seed from integers, as different for neighbouring ones as for distant ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class TrainSampler(Sampler):
+    """Endless batches of (image, seed of its augmentation) for one process.
+
+    The epochs' permutations, one behind the other, are cut into batches of `batch_size`, of which process `rank` of
+    `world` takes its share; so a batch is of the same images whatever the number of processes. `start`: images seen.
+    """
+
+    def __init__(self, num_images, batch_size, seed, start=0, rank=0, world=1):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self):
+        orders = {}  # epoch -> permutation
+        for first in range(self.start, sys.maxsize, self.batch_size):
+            batch = []
+            for position in range(first + self.rank, first + self.batch_size, self.world):
+                epoch, place = divmod(position, self.num_images)
+                if epoch not in orders:
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
+                    orders = {epoch: torch.randperm(self.num_images, generator=generator).tolist()}
+                batch.append((orders[epoch][place], seed_of(self.seed, 1, position)))
+            yield batch
+
+
+class SeededDataset(Dataset):
+    """A data set whose items are asked for by (index, seed of the augmentation), in whichever loader process."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.dataset[index]
+
+
+def quiet_worker(_):
+    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting points and checkpoints
+
+
+def load_starting_point(model, args, classes):
+    """Backbone weights or the weights of --init. Returns lines to print. Raises InputError."""
+    if args.init:
+        return load_init(model, args.init, classes)
+    name, source = model.config.backbone, args.backbone_weights
+    if source == "none" or (source is None and not model.config.frozen_batch_norm):
+        return ["the backbone starts from random weights"]
+    if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
+        raise InputError(
+            f"--backbone-weights is needed for {name}: give Microsoft's file, for swin_l_384 "
+            "swin_large_patch4_window12_384_22k.pth, or none to start from random weights"
+        )
+    try:
+        source = source or str(torchvision.models.get_model_weights(name).IMAGENET1K_V1)
+        load_backbone_weights(model.backbone, source, args.trust_pickle)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{error} (or --backbone-weights none, to start from random weights)") from None
+    return [f"the backbone starts from {source}"]
+
+
+def load_init(model, path, classes):
+    """Load what fits of a checkpoint; what belongs to classes is loaded only if they are the same. Returns lines."""
+    checkpoint = read_checkpoint(path)
+    state = model.state_dict()
+    of_classes = {name for name in state if name.startswith(("heads.class_head.", "label_embedding."))}
+    found = {
+        name: value
+        for name, value in checkpoint["model"].items()
+        if name in state
+        and value.shape == state[name].shape
+        and (name not in of_classes or checkpoint["classes"] == classes)
+    }
+    if not found:
+        raise InputError(f"{path}: nothing in it fits this model; give a checkpoint of a similar preset")
+    model.load_state_dict(found, strict=False)
+    kept = [name for name in state if name not in found]
+    unused = [name for name in checkpoint["model"] if name not in state]
     return [
-        {
-            name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in target.items()
-        }
-        for target in targets
+        f"{path}: {len(found)} of {len(state)} entries loaded",
+        f"  start anew, as they are for other classes, of another shape or not in it: {', '.join(kept) or 'none'}",
+        f"  in it but not in this model: {', '.join(unused) or 'none'}",
     ]
+
+
+def newest_checkpoint(output):
+    """The newest checkpoint in a folder that can be read, or None where there is none. Raises InputError."""
+    paths = [output / name for name in ("checkpoint.pt", "previous.pt") if (output / name).exists()]
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except InputError as error:
+            if path == paths[-1]:
+                raise
+            print(f"train.py: {error}; trying the one before it", file=sys.stderr)
+    return None
+
+
+def read_log(path, iteration):
+    """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
+            entries.append(json.loads(line))
+    entries = [entry for entry in entries if entry["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    os.replace(temporary, path)
+    return entries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def to_device(batch, device):
+    """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
+    images, targets = batch
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
+
+
+def autocast_dtype(precision, device):
+    """The dtype of the activations for --precision on this device; None: float32, without autocast."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if precision == "float16" and device.type == "cpu":
+        raise InputError("--precision float16: needs a GPU; the CPU has bfloat16 and float32")
+    return None if precision == "float32" else getattr(torch, precision)
+
+
+def backward(model, criterion, batches, autocast=None, scaler=None, stopping=False):
+    """Adds the gradients of one optimizer step to those there, as if all batches of all processes were one.
+
+    batches: [(images, targets), ...] on the model's device; autocast: dtype of the activations, None for the model's.
+    Returns the terms {name: scalar}, "loss" among them, of which the mean over the processes is that of the whole, and
+    whether any process is `stopping`.
+    """
+    counts = [len(target["labels"]) for _, targets in batches for target in targets]
+    everywhere = gather((sum(counts), max(counts), stopping))
+    num_instances = max(1.0, sum(count for count, _, _ in everywhere) / len(everywhere))
+    max_instances = max(largest for _, largest, _ in everywhere)
+    sums = {}
+    for number, (images, targets) in enumerate(batches, start=1):
+        waits = isinstance(model, DistributedDataParallel) and number < len(batches)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(images[0].device.type, autocast, enabled=autocast is not None):
+                outputs = model(images, targets, max_instances=max_instances)
+            terms = criterion(outputs, targets, num_instances)
+            loss = sum(criterion.weights[name] * term for name, term in terms.items())
+            (scaler.scale(loss) if scaler else loss).backward()
+        for name, term in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+    return sums, any(stop for _, _, stop in everywhere)
 
 
 def save_picture(model, dataset, device, path, count=6):
@@ -88,213 +390,280 @@ def save_picture(model, dataset, device, path, count=6):
     save_png(torch.cat(columns, 2), path)
 
 
-def selections(text):
-    """ "600,300" -> (600, 300); ValueError for anything else."""
-    return tuple(int(size) for size in text.split(","))
+class Trainer:
+    """One process's part of a training: what it trains, how far it is, and what it writes.
 
+    Of the `world` processes only that of rank 0 prints and writes. Raises InputError or DataError for bad input.
+    """
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
-    parser.add_argument(
-        "--output",
-        default="runs/train",
-        metavar="DIR",
-        help="folder for checkpoints, log and pictures (default: runs/train)",
-    )
-    parser.add_argument(
-        "--backbone-weights",
-        metavar="NAME-OR-FILE",
-        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1, or a file of torchvision, "
-        "Microsoft's Swin or Detectron2 (default: random)",
-    )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
-    )
-    parser.add_argument(
-        "--grad-checkpoint", action="store_true", help="save memory: compute the layers twice instead of storing them"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the checkpoint in --output, if there is one"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
-    group = parser.add_argument_group("training, with the published recipe (or the one for tiny) as default")
-    group.add_argument("--epochs", type=int, help="passes over the training images")
-    group.add_argument("--batch-size", type=int, help="images per iteration")
-    group.add_argument("--lr", type=float, help="learning rate")
-    group.add_argument("--backbone-lr", type=float, help="learning rate of the backbone")
-    group.add_argument(
-        "--lr-drops",
-        type=float,
-        nargs="+",
-        metavar="FRACTION",
-        help="fractions of the training behind which the rates drop to a tenth",
-    )
-    group.add_argument("--warmup", type=int, help="iterations in which the rates rise from zero")
-    group.add_argument("--train-size", type=int, help="side of the training crops in pixels")
-    group.add_argument(
-        "--train-scale",
-        type=float,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="range of the factor by which images are scaled before the crop",
-    )
-    group.add_argument(
-        "--test-size",
-        type=int,
-        nargs=2,
-        metavar=("SHORTER", "LONGER"),
-        help="shorter side of test images, and longer side at most",
-    )
-    group.add_argument("--max-iterations", type=int, help="stop after this many iterations")
-    parser.add_argument(
-        "--eval-every",
-        type=int,
-        default=1,
-        metavar="EPOCHS",
-        help="evaluate after every so many epochs and after the last (default: 1)",
-    )
-    add_data_arguments(parser)
-    group = parser.add_argument_group("ablations of the paper, Tables 3-9 (default: as in the preset)")
-    group.add_argument("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
-    group.add_argument("--no-bato", dest="bato", action="store_false", default=None, help="without BATO")
-    group.add_argument("--guidance", choices=GUIDANCE, help="tokens that guide BATO; cuts the pipeline behind them")
-    group.add_argument(
-        "--no-gtg", dest="gtg", action="store_false", default=None, help="the queries themselves guide BATO"
-    )
-    group.add_argument("--selections", type=selections, metavar="N,...", help="sizes of the selections, e.g. 600,300")
-    group.add_argument("--decoder-layers", type=int, metavar="N", help="layers of the decoder")
-    group.add_argument("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
-    group.add_argument("--position-tokens", choices=POSITION_TOKENS, help="boxes that enter the decoder")
-    args = parser.parse_args(argv)
-    for name, value in (PUBLISHED | RECIPES.get(args.preset, {})).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    def __init__(self, args, device, rank, world):
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        self.output = Path(args.output)
+        config = make_config(args)
+        if rank > 0:
+            dist.barrier()  # the first process generates `shapes`, and finds what is wrong with the files
+        self.train_set = open_split(args, "train", train_transform(config.train_size, config.train_scale))
+        self.val_set = open_split(args, "val", eval_transform(*config.test_size))
+        if self.train_set.classes != self.val_set.classes:
+            raise DataError("training and validation annotations differ in their categories; make them the same")
+        if rank == 0 and world > 1:
+            dist.barrier()
+        config = replace(config, num_classes=len(self.train_set.classes))
+        self.schedule = plan(args, len(self.train_set))
+        if self.schedule.batch_size % world:
+            raise InputError(f"--batch-size {self.schedule.batch_size}: is not a multiple of the {world} processes")
+
+        torch.manual_seed(args.seed)
+        self.model = DIMaskDINO(config)
+        resumed = newest_checkpoint(self.output) if args.resume else None
+        if args.resume and not resumed:
+            self.say(f"nothing to resume in {self.output}: starting anew")
+        elif not args.resume and (self.output / "checkpoint.pt").exists():
+            raise InputError(f"{self.output}: holds checkpoint.pt; go on with --resume or choose another --output")
+        if not resumed:
+            for line in load_starting_point(self.model, args, self.train_set.classes):
+                self.say(line)
+        self.model.to(device)
+        self.criterion = SetCriterion(config)
+        groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.autocast = autocast_dtype(args.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type) if self.autocast == torch.float16 else None
+
+        # What the order of the images and all random numbers depend on, with the iteration and the process.
+        self.settings = {"seed": args.seed, "batch_size": self.schedule.batch_size, "accumulate": args.accumulate}
+        self.iteration, self.seconds = 0, 0.0
+        self.window = {}  # sums of the terms since the last line of the log
+        self.evaluations = []  # their lines in the log
+        if resumed:
+            self.resume(*resumed)
+        if rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.log = open(self.output / "log.jsonl", "a", buffering=1)
+        self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
+        self.last_step = None  # its images' ids and its terms
+        self.last_step_bad = torch.zeros(1, pin_memory=device.type == "cuda")  # on the host: 1 if it changed nothing
+        self.signals, self.evaluating = [], False
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def resume(self, path, checkpoint):
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
+        check_config(path, checkpoint, self.model.config, **self.settings)
+        self.model.load_state_dict(checkpoint["model"])
+        rates = [group["base_lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"] = rate  # the flags', which may be new
+        if self.scaler and checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.iteration, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+        self.window = {name: value.to(self.device) for name, value in checkpoint["window"].items()}
+        self.say(f"resuming {path} after iteration {self.iteration}")
+        if changed := [k for k, v in vars(self.schedule).items() if checkpoint["schedule"].get(k) != v]:
+            self.say(f"the schedule has changed in {', '.join(changed)}")
+        if self.rank == 0:
+            self.evaluations = [e for e in read_log(self.output / "log.jsonl", self.iteration) if "box" in e]
+
+    def save(self, name="checkpoint.pt", keep=None):
+        """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
+        if self.rank > 0:
+            return
+        content = {
+            "model": self.model.state_dict(),
+            "config": asdict(self.model.config),
+            "classes": self.train_set.classes,
+            "category_ids": self.train_set.category_ids,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "schedule": vars(self.schedule),
+            "settings": self.settings,
+            "epoch": self.epoch(self.iteration),
+            "iteration": self.iteration,
+            "seconds": time.perf_counter() - self.clock,
+            "window": {name: value.cpu() for name, value in self.window.items()},
+        }
+        save_checkpoint(self.output / name, content, keep)
+
+    def epoch(self, iteration):
+        """Whole passes over the training images after so many iterations."""
+        return iteration * self.schedule.step_size // len(self.train_set)
+
+    def ends_epoch(self, divisor=1):
+        """Whether the last iteration ended an epoch whose number the divisor divides, or the training."""
+        before, now = self.epoch(self.iteration - 1), self.epoch(self.iteration)
+        return self.iteration > 0 and (now // divisor > before // divisor or self.iteration == self.schedule.iterations)
+
+    def on_signal(self, number, frame):
+        self.signals.append(number)
+        if self.evaluating:  # behind the checkpoint; the evaluation is done again
+            self.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
+            sys.exit()
+
+    def run(self):
+        """Train to the end of the schedule, to --max-iterations, or to SIGINT or SIGTERM."""
+        args, schedule = self.args, self.schedule
+        stop = min(schedule.iterations, args.max_iterations or schedule.iterations)
+        start = self.iteration * schedule.step_size
+        sampler = TrainSampler(len(self.train_set), schedule.batch_size, args.seed, start, self.rank, self.world)
+        loader = DataLoader(
+            SeededDataset(self.train_set), batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker,
+        )  # fmt: skip
+        batches = iter(loader) if self.iteration < stop else None
+        model = DistributedDataParallel(self.model, broadcast_buffers=False) if self.world > 1 else self.model
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.progress = tqdm(total=stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
+        self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
+
+        evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
+        if self.ends_epoch(args.eval_every) and not gather(evaluated)[0]:  # was interrupted in it
+            self.evaluate()
+        stopping = False
+        while self.iteration < stop and not stopping:
+            stopping = self.step(model, batches)
+            if self.ends_epoch() or self.iteration == stop or self.iteration % args.save_every == 0 or stopping:
+                self.check_last_step(wait=True)
+                self.save(keep="previous.pt")
+            if self.ends_epoch(args.eval_every) and not stopping:
+                self.evaluate()
+        self.progress.close()
+        if stopping:
+            self.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
+
+    def step(self, model, batches):
+        """One optimizer step. Returns whether a signal asks to stop, here or in another process."""
+        model.train()
+        torch.manual_seed(seed_of(self.args.seed, 2, self.iteration, self.rank))
+        factor = lr_factor(self.iteration, self.schedule.milestones, self.schedule.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        before = time.perf_counter()
+        batches = [next(batches) for _ in range(self.args.accumulate)]
+        self.waited += time.perf_counter() - before
+        batches = [to_device(batch, self.device) for batch in batches]
+        self.optimizer.zero_grad()
+        terms, stopping = backward(
+            model, self.criterion, batches, self.autocast, self.scaler, stopping=bool(self.signals)
+        )
+        self.check_last_step()  # nothing waits for its flag here: the matcher has waited for what came behind it
+
+        bad = ~terms["loss"].isfinite()
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        if not self.scaler:  # it skips steps with infinite gradients itself, and goes on with a smaller scale
+            bad = bad | ~norm.isfinite()
+        bad = bad.float()
+        if self.world > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # 1: the fused step changes nothing
+            self.optimizer.step()
+        self.last_step_bad.copy_(bad, non_blocking=True)
+        self.last_step = [target["image_id"] for _, targets in batches for target in targets], terms
+
+        self.iteration += 1
+        self.seen += self.schedule.step_size
+        for name, term in terms.items():
+            self.window[name] = self.window.get(name, 0) + term
+        self.progress.update()
+        if self.iteration % LOG_EVERY == 0 or self.iteration == self.schedule.iterations:
+            self.check_last_step(wait=True)
+            self.write_log(self.schedule.lr * factor)
+        return stopping
+
+    def check_last_step(self, wait=False):
+        """Raise InputError if the last step's loss or gradient was not finite, in which case it changed nothing."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if not self.last_step_bad:
+            return
+        image_ids, terms = self.last_step
+        found = gather((image_ids, [name for name, term in terms.items() if not math.isfinite(term)]))
+        image_ids = [image_id for ids, _ in found for image_id in ids]
+        names = sorted({name for _, names in found for name in names if name != "loss"}) or ["the gradient"]
+        self.iteration -= 1
+        self.window = {}
+        self.save("nonfinite.pt")
+        raise InputError(
+            f"{self.output}: iteration {self.iteration + 1}: {', '.join(names)} not finite on images {image_ids}; the "
+            "state before it is in nonfinite.pt; look at these images, or lower --lr"
+        )
+
+    def write_log(self, lr):
+        """A line of the log and the progress bar's numbers: means over the iterations since the last line."""
+        steps = (self.iteration - 1) % LOG_EVERY + 1
+        means = {name: float(value) / steps for name, value in self.window.items()}
+        everywhere = gather(means)
+        self.window = {}
+        if self.rank > 0:
+            return
+        means = {name: sum(terms[name] for terms in everywhere) / self.world for name in means}
+        now = time.perf_counter()
+        entry = {
+            "epoch": self.epoch(self.iteration),
+            "iteration": self.iteration,
+            "seconds": now - self.clock,
+            "lr": lr,
+            "images_per_second": self.seen / (now - self.since),
+            "waiting": self.waited / (now - self.since),  # share of the time in which there was no batch
+        }
+        shown = {"loss": f"{means['loss']:.2f}"}
+        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
+        for kind, names in kinds.items():
+            weighted = [self.criterion.weights[n] * mean for n, mean in means.items() if n.startswith(names)]
+            shown[kind] = f"{sum(weighted):.2f}"
+        shown |= {"lr": f"{lr:.1e}", "img/s": f"{entry['images_per_second']:.1f}", "wait": f"{entry['waiting']:.0%}"}
+        if self.device.type == "cuda":
+            entry["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            shown["GiB"] = f"{entry['gpu_gib']:.1f}"
+        self.log.write(json.dumps(entry | means) + "\n")
+        self.progress.set_postfix(shown)
+        self.since, self.waited, self.seen = now, 0.0, 0
+
+    def evaluate(self):
+        """Evaluate, draw predictions, write both, and keep the checkpoint if it is the best so far."""
+        self.evaluating = True
+        if self.signals:
+            self.on_signal(self.signals[0], None)
+        scores = evaluate(self.model, self.val_set, self.device, self.args.workers, per_layer=self.args.per_layer)
+        self.evaluating = False
+        if self.rank == 0:
+            epoch, seconds = self.epoch(self.iteration), time.perf_counter() - self.clock
+            save_picture(self.model, self.val_set, self.device, self.output / f"epoch_{epoch:03d}.png")
+            total = lambda entry: (entry["box"]["AP"] or 0) + (entry["mask"]["AP"] or 0)  # noqa: E731
+            if all(total(scores) > total(entry) for entry in self.evaluations):
+                link(self.output / "checkpoint.pt", "best.pt")
+            self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
+            if self.iteration == self.schedule.iterations:
+                (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
+            self.log.write(json.dumps(self.evaluations[-1]) + "\n")
+            box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
+            self.progress.write(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
+        self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
 
 
 def main():
     args = parse_arguments()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device = choose_device(args.device)
-    output = Path(args.output)
-    checkpoint_path, log_path = output / "checkpoint.pt", output / "log.jsonl"
-
-    names = ("train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
-             "box_loss_scale", "position_tokens")  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if v is not None}
-    config = replace(PRESETS[args.preset], grad_checkpoint=args.grad_checkpoint, **settings)
-    train_set = open_split(args, "train", train_transform(config.train_size, config.train_scale))
-    val_set = open_split(args, "val", eval_transform(*config.test_size))
-    if train_set.classes != val_set.classes:
-        raise DataError("the training and the validation annotations differ in their categories; they must be the same")
-    config = replace(config, num_classes=len(train_set.classes))
-
-    torch.manual_seed(args.seed)
-    model = DIMaskDINO(config)
-    if args.backbone_weights:
-        try:
-            load_backbone_weights(model.backbone, args.backbone_weights, args.trust_pickle)
-        except (ValueError, OSError) as error:
-            raise InputError(str(error)) from None
-    elif config.frozen_batch_norm and not args.resume:
-        print("train.py: the backbone starts from random weights; --backbone-weights takes pretrained ones")
-    model.to(device)
-    criterion = SetCriterion(config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.backbone_lr, weight_decay=0.05), fused=True)
-
-    epoch, iteration, seconds = 0, 0, 0.0
-    if args.resume and checkpoint_path.exists():
-        checkpoint = read_checkpoint(checkpoint_path)
-        check_config(checkpoint_path, checkpoint, config)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        epoch, iteration, seconds = (checkpoint[name] for name in ("epoch", "iteration", "seconds"))
-        print(f"resuming {checkpoint_path} after epoch {epoch}")
-        truncate_log(log_path, iteration)
-    elif args.resume:
-        print(f"nothing to resume in {output}: starting anew")
-    elif checkpoint_path.exists():
-        raise InputError(f"{checkpoint_path}: exists; continue it with --resume or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    log = open(log_path, "a", buffering=1)
-
-    sampling = torch.Generator()
-    loader = DataLoader(train_set, args.batch_size, shuffle=True, collate_fn=collate, generator=sampling,
-                        num_workers=args.workers, pin_memory=device.type == "cuda")  # fmt: skip
-    total = args.epochs * len(loader)
-    stop = min(total, args.max_iterations or total)
-    progress = tqdm(total=stop, initial=iteration, desc="train", disable=None)
-    clock = time.perf_counter() - seconds
-    while iteration < stop:
-        # All randomness of an epoch follows from the seed and its number, so that resuming repeats nothing.
-        sampling.manual_seed(1000 * args.seed + epoch)
-        torch.manual_seed(1000 * args.seed + epoch)
-        model.train()
-        sums, images_seen, since = {}, 0, time.perf_counter()
-        for images, targets in loader:
-            factor = lr_factor(iteration, total, args.lr_drops, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            images = [image.to(device, non_blocking=True) for image in images]
-            targets = to_device(targets, device)
-            terms = criterion(model(images, targets), targets)
-            loss = sum(criterion.weights[name] * term for name, term in terms.items())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            optimizer.step()
-
-            iteration += 1
-            images_seen += len(images)
-            for name, term in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0) + term.detach()
-            progress.update()
-            if iteration % 20 == 0 or iteration == stop:
-                rate = images_seen / (time.perf_counter() - since)
-                means = {name: float(value) / math.ceil(images_seen / args.batch_size) for name, value in sums.items()}
-                if not math.isfinite(means["loss"]):
-                    bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-                    raise InputError(f"{output}: the loss is not finite at iteration {iteration} ({bad}); lower --lr")
-                lr = args.lr * factor
-                progress.set_postfix(loss=f"{means['loss']:.2f}", lr=f"{lr:.1e}", images_per_s=f"{rate:.1f}")
-                entry = {"epoch": epoch, "iteration": iteration, "seconds": time.perf_counter() - clock, "lr": lr}
-                log.write(json.dumps(entry | {"images_per_second": rate} | means) + "\n")
-                sums, images_seen, since = {}, 0, time.perf_counter()
-            if iteration == stop:
-                break
-        epoch += 1
-        seconds = time.perf_counter() - clock
-        if epoch % args.eval_every == 0 or iteration == stop:
-            scores = evaluate(model, val_set, device, args.workers)
-            save_picture(model, val_set, device, output / f"epoch_{epoch:03d}.png")
-            log.write(json.dumps({"epoch": epoch, "iteration": iteration, "seconds": seconds} | scores) + "\n")
-            box, mask = (scores[kind]["AP"] for kind in ("box", "mask"))
-            progress.write(f"epoch {epoch}: box AP {percent(box)}, mask AP {percent(mask)} after {seconds:.0f} s")
-        save_checkpoint(
-            checkpoint_path,
-            {
-                "model": model.state_dict(),
-                "config": asdict(config),
-                "classes": train_set.classes,
-                "category_ids": train_set.category_ids,
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch,
-                "iteration": iteration,
-                "seconds": seconds,
-            },
-        )
-    progress.close()
-
-
-def truncate_log(path, iteration):
-    """Drop the lines of a log that were written behind this iteration, since they will be written again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
-        path.write_text("".join(line + "\n" for line in lines))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    Trainer(args, device, rank, world).run()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ DEVICES = [
     )
     for device in ("cpu", "cuda")
 ]
+PATHS = [  # the op on every device, and its fallback
+    *(pytest.param(ms_deform_attn, *device.values, marks=device.marks, id=device.values[0]) for device in DEVICES),
+    pytest.param(ms_deform_attn_pytorch, "cpu", id="plain"),
+]
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -65,9 +69,7 @@ def make_inputs(B, Q, M, D, P, level_shapes, *, low=-0.5, high=1.5, dtype=torch.
     locations = torch.rand(B, Q, M, len(level_shapes), P, 2, generator=generator, dtype=torch.float64)
     weights = torch.rand(B, Q, M, len(level_shapes), P, generator=generator, dtype=torch.float64)
     weights = weights / weights.sum((-2, -1), keepdim=True)
-    value, locations, weights = (
-        x.to(dtype).to(device) for x in (value, low + (high - low) * locations, weights)
-    )
+    value, locations, weights = (x.to(dtype).to(device) for x in (value, low + (high - low) * locations, weights))
     return value, level_shapes, locations, weights
 
 
@@ -78,7 +80,7 @@ def with_gradients(function, value, level_shapes, locations, weights, grad_outpu
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def assert_like_reference(inputs, tolerance):
+def assert_like_reference(inputs, tolerance, function=ms_deform_attn):
     """Output and gradients of the op equal the float64 reference's on the same numbers, relative to their largest."""
     value, level_shapes, locations, weights = inputs
     grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3], dtype=torch.float64)
@@ -87,7 +89,7 @@ def assert_like_reference(inputs, tolerance):
         reference, value.double().cpu(), level_shapes, locations.double().cpu(), weights.double().cpu(),
         grad_output.double(),
     )  # fmt: skip
-    found = with_gradients(ms_deform_attn, *inputs, grad_output.to(value.device))
+    found = with_gradients(function, *inputs, grad_output.to(value.device))
     for ours, theirs, like in zip(found, exact, (value, value, locations, weights), strict=True):
         assert ours.dtype == like.dtype and ours.device == like.device
         assert ours.shape == theirs.shape
@@ -105,6 +107,7 @@ SHAPES = {  # B, Q, M, D, P, level shapes
     "D = 48, P = 8, L = 3": (1, 9, 5, 48, 8, [(11, 6), (5, 3), (3, 2)]),
     "D = 100, P = 2": (2, 6, 1, 100, 2, [(4, 4), (3, 5)]),
     "few queries": (2, 2, 4, 32, 4, [(30, 40), (15, 20)]),
+    "many queries": (2, 1030, 8, 32, 4, [(20, 30), (7, 9)]),  # enough for blocks of 256 threads on a GPU
 }
 
 
@@ -168,17 +171,17 @@ def test_samples_of_one_cell(device):
     assert out.flatten().tolist() == [3.0, 1.5, 1.5, 0.75, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function, device", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2.0**31, -(2.0**63), 3e38])
-def test_wild_locations_contribute_nothing(bad, dtype, device):
+def test_wild_locations_contribute_nothing(bad, dtype, function, device):
     value, level_shapes, locations, weights = make_inputs(2, 40, 2, 20, 3, [(5, 6), (0, 3), (1, 1)], dtype=dtype)
     wild = torch.rand(locations.shape) < 0.3
     locations[wild] = bad
     inputs = [x.to(device) if torch.is_tensor(x) else x for x in (value, level_shapes, locations, weights)]
-    assert_like_reference(inputs, DTYPES[dtype])
+    assert_like_reference(inputs, DTYPES[dtype], function)
     grad_output = torch.ones(2, 40, 40, dtype=dtype, device=device)
-    output, _, grad_locations, _ = with_gradients(ms_deform_attn, *inputs, grad_output)
+    output, _, grad_locations, _ = with_gradients(function, *inputs, grad_output)
     assert output.isfinite().all()
     assert (grad_locations[wild.any(-1).to(device)] == 0).all()
 
@@ -331,11 +334,14 @@ def test_compiles_and_exports_without_a_graph_break(device):
     expected = module(query, reference_points, tokens, level_shapes)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), tokens)
 
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     found = compiled(query, reference_points, tokens, level_shapes)
     (gradient,) = torch.autograd.grad(found.square().sum(), tokens)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+    others = torch.randn(3, 9, 16), torch.rand(3, 9, 2), torch.randn(3, 42, 16)
+    others = [*(x.to(device) for x in others), [(6, 5), (4, 3)]]
+    torch.testing.assert_close(compiled(*others), module(*others))
 
     exported = torch.export.export(module, (query, reference_points, tokens.detach(), level_shapes))
     assert "dimaskdino.ms_deform_attn" in str(exported.graph)
@@ -464,12 +470,16 @@ def test_status_and_silence_with_the_op():
     assert process.stdout == "(1, 3, 16)\n" and process.stderr == ""
 
 
-def test_a_build_that_fails_is_one_line_and_no_error(tmp_path):
+@pytest.mark.parametrize("compiler, reason", [("/no/compiler", "no C++ compiler /no/compiler"), ("false", "_C is not")])
+def test_a_build_that_fails_says_so_and_is_no_error(compiler, reason, tmp_path):
     shutil.copy(ROOT / "setup.py", tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    process = run("setup.py", "build_ext", "--inplace", cwd=tmp_path, CXX="/no/compiler", CC="/no/compiler")
-    assert process.returncode == 0
-    assert "setup.py: _C is not built" in process.stdout and "Traceback" not in process.stdout + process.stderr
+    (tmp_path / "csrc").mkdir()
+    for source in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.h")]:  # not those for nvcc, which has its own compiler
+        shutil.copy(source, tmp_path / "csrc")
+    process = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=tmp_path, CXX=compiler, CC=compiler)
+    assert process.returncode == 0 and "Traceback" not in process.stdout + process.stderr
+    first = process.stdout.splitlines()[0]
+    assert reason in first and "the model runs in plain PyTorch instead" in first
     assert not list(tmp_path.glob("*.so"))
 
 

@@ -1,7 +1,9 @@
-"""COCO-format data, augmentation, collate, the generated shapes, and one clear line for every kind of bad input."""
+"""COCO's and BDD100K's formats, augmentation, collate, the generated shapes, one clear line for every bad input."""
 
+import argparse
 import copy
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
-from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import minimum_filter1d
 from torchvision import tv_tensors
 
 from data import (
     SHAPES,
     CocoInstances,
     DataError,
+    bdd100k_paths,
     coco_paths,
     collate,
     decode_masks,
@@ -24,9 +27,11 @@ from data import (
     eval_transform,
     make_shapes,
     mask_boxes,
+    read_bdd100k,
     read_image,
     train_transform,
 )
+from eval import add_data_arguments, average_precision, coco_results, open_split
 
 TINY_COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny_coco"
 WIDTH, HEIGHT = 40, 30
@@ -136,29 +141,149 @@ def test_building_a_data_set_prints_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_ground_truth_as_prediction_gives_ap_100(tmp_path):
-    segmentations = [
-        SQUARE,
-        uncompressed_rle(square_mask().T.copy().reshape(HEIGHT, WIDTH)),
-        compressed_rle(square_mask()),
-    ]
-    annotations = [
-        annotation(i + 1, s, image_id=1 + i % 2, category_id=(7, 90)[i % 2]) for i, s in enumerate(segmentations)
-    ]
-    annotations.append(annotation(9, uncompressed_rle(square_mask()), iscrowd=1))
-    data = CocoInstances(*write(tmp_path, dataset(annotations)), same_size(), training=False)
+def average_precision_of_ground_truth(data, false_positives=()):
+    """eval.py's scores when every target is a detection, and `false_positives` too: (item, label, mask) each."""
     results = []
-    for image, target in (data[i] for i in range(len(data))):
-        assert image.shape[1:] == target["masks"].shape[1:]
-        for label, mask in zip(target["labels"].tolist(), target["masks"].numpy(), strict=True):
-            rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
-            fields = {"image_id": target["image_id"], "category_id": data.category_ids[label], "score": 1.0}
-            results.append(fields | {"segmentation": rle})
-    evaluation = COCOeval(data.coco, data.coco.loadRes(results), "segm")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert evaluation.stats[0] == 1
+    for index in range(len(data)):
+        image, target = data[index]
+        assert image.shape[1:] == target["masks"].shape[1:] == target["original_size"]
+        found = [(1.0, label, mask) for label, mask in zip(target["labels"], target["masks"], strict=True)]
+        found += [(2.0, label, mask) for item, label, mask in false_positives if item == index]
+        scores, labels, masks = zip(*found, strict=True) if found else ((), (), target["masks"])
+        masks = torch.stack(masks) if found else masks
+        detections = {"scores": torch.tensor(scores), "labels": torch.tensor(labels, dtype=torch.int64)}
+        detections |= {"masks": masks, "boxes": mask_boxes(masks)}
+        results += coco_results(detections, target["image_id"], data.category_ids)
+    scores = average_precision(data.coco, results, data.image_ids)
+    return scores["box"]["AP"], scores["mask"]["AP"]
+
+
+def test_ground_truth_as_prediction_gives_ap_100(tmp_path):
+    """Polygons and both forms of RLE, and a crowd: a detection on it counts as neither right nor wrong."""
+    flipped = np.ascontiguousarray(square_mask()[:, ::-1])  # columns 20 to 29
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8)
+    crowd[20:28, 2:38] = 1
+    annotations = [
+        annotation(1, SQUARE),
+        annotation(2, uncompressed_rle(flipped), image_id=2, category_id=90, bbox=[20, 5, 10, 10]),
+        annotation(3, compressed_rle(square_mask()), image_id=2),
+        annotation(4, uncompressed_rle(crowd), iscrowd=1, bbox=[2, 20, 36, 8], area=288),
+    ]
+    data = CocoInstances(*write(tmp_path, dataset(annotations)), same_size(), training=False)
+    on_crowd, elsewhere = torch.from_numpy(crowd).bool(), torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    elsewhere[:3, :3] = True
+    assert average_precision_of_ground_truth(data) == pytest.approx((100, 100))
+    assert average_precision_of_ground_truth(data, [(0, 0, on_crowd)]) == pytest.approx((100, 100))
+    assert max(average_precision_of_ground_truth(data, [(0, 0, elsewhere)])) < 95
+
+
+# --- BDD100K
+
+
+CAR, TRUCK, TRUNCATED, OCCLUDED, CROWD, IGNORED = 3, 4, 8, 4, 2, 1
+
+
+def bitmask(height=HEIGHT, width=WIDTH, instances=()):
+    """RGBA pixels of BDD100K's format; instances: (category, flags, id, (rows, columns)) each."""
+    pixels = np.zeros((height, width, 4), np.uint8)
+    for category, flags, number, region in instances:
+        pixels[region] = category, flags, number // 256, number % 256
+    return pixels
+
+
+def write_bdd100k(root, bitmasks, split="train"):
+    """A split in BDD100K's layout; bitmasks: RGBA pixels each."""
+    for i, pixels in enumerate(bitmasks):
+        label = root / f"labels/ins_seg/bitmasks/{split}/{i:08x}-{split}.png"
+        picture = root / f"images/10k/{split}/{i:08x}-{split}.jpg"
+        for path in (label, picture):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(label)
+        Image.fromarray(pixels[:, :, :3] * 60).save(picture)
+    return root
+
+
+def open_bdd100k(root, training=True, split="train", transform=None):
+    return CocoInstances(*bdd100k_paths(root, split), transform or same_size(), training, read_bdd100k)
+
+
+def some_bitmasks():
+    at = np.s_
+    first = [
+        (CAR, 0, 7, at[5:15, 10:20]),
+        (1, TRUNCATED + OCCLUDED, 300, at[:, 30:32]),  # two whole columns; an id above 255
+        (CAR, IGNORED, 8, at[20:25, 0:9]),
+        (CAR, CROWD + OCCLUDED, 9, at[20:25, 9:18]),
+        (TRUCK, 0, 10, at[12:15, 10:12]),  # covers a part of the first
+    ]
+    only_ignored = [(CAR, IGNORED, 1, at[2:6, 2:6])]
+    return [bitmask(instances=first), bitmask(), bitmask(instances=only_ignored)]
+
+
+def test_bdd100k_instances_areas_and_boxes(tmp_path):
+    root = write_bdd100k(tmp_path, some_bitmasks())
+    data = open_bdd100k(root, training=False)
+    assert data.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+    assert data.category_ids == list(range(1, 9)) and data.image_ids == [1, 2, 3]
+    found = [
+        (a["image_id"], a["category_id"], a["area"], a["bbox"], a["iscrowd"]) for a in data.coco.dataset["annotations"]
+    ]
+    assert found == [
+        (1, CAR, 94, [10, 5, 10, 10], 0),
+        (1, CAR, 45, [0, 20, 9, 5], 1),
+        (1, CAR, 45, [9, 20, 9, 5], 1),
+        (1, TRUCK, 6, [10, 12, 2, 3], 0),
+        (1, 1, 60, [30, 0, 2, 30], 0),
+        (3, CAR, 16, [2, 2, 4, 4], 1),
+    ]
+    image, target = data[0]
+    assert image.shape == (3, HEIGHT, WIDTH) and target["labels"].tolist() == [CAR - 1, TRUCK - 1, 0]
+    assert target["masks"].flatten(1).sum(1).tolist() == [94, 6, 60] and target["masks"].sum(0).max() == 1
+    assert target["boxes"].tolist() == [[10, 5, 20, 15], [10, 12, 12, 15], [30, 0, 32, 30]]
+    assert [len(data[i][1]["labels"]) for i in (1, 2)] == [0, 0]
+    assert open_bdd100k(root).image_ids == [1]  # the others have nothing to train on
+
+
+def test_bdd100k_agrees_with_its_definition_pixel_by_pixel(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = np.array([(0, 0, 0, 0), (1, 0, 0, 5), (8, 15, 255, 255), (3, 4, 1, 0), (3, 1, 0, 255)], np.uint8)
+    root = write_bdd100k(tmp_path, [kinds[rng.integers(0, 5, (17, 23))] for _ in range(3)])
+    data = open_bdd100k(root, training=False)
+    for image_id, path in enumerate(sorted(bdd100k_paths(root, "train")[0].iterdir()), start=1):
+        pixels = np.asarray(Image.open(path)).astype(int)
+        numbers = pixels[:, :, 2] * 256 + pixels[:, :, 3]
+        annotations = data.coco.imgToAnns[image_id]
+        assert len(annotations) == 4
+        for a, number in zip(annotations, (5, 255, 256, 65535), strict=True):
+            mask = numbers == number
+            rows, columns = np.nonzero(mask)
+            assert np.array_equal(data.coco.annToMask(a), mask) and a["area"] == mask.sum()
+            assert a["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            assert a["category_id"] == pixels[mask][0, 0]
+            assert a["iscrowd"] == any(pixels[mask][0, 1] & flag for flag in (CROWD, IGNORED))
+
+
+def test_bdd100k_ground_truth_as_prediction_gives_ap_100(tmp_path):
+    """A detection on an ignored instance is no false positive; one beside it is."""
+    root = write_bdd100k(tmp_path, some_bitmasks(), "val")
+    data = open_bdd100k(root, training=False, split="val")
+    ignored, elsewhere = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    ignored[20:25, 0:9] = elsewhere[0:3, 0:3] = True
+    assert average_precision_of_ground_truth(data) == pytest.approx((100, 100))
+    assert average_precision_of_ground_truth(data, [(0, CAR - 1, ignored)]) == pytest.approx((100, 100))
+    assert max(average_precision_of_ground_truth(data, [(0, CAR - 1, elsewhere)])) < 95
+
+
+def test_bdd100k_by_flags_in_loader_processes(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    for split in ("train", "val"):
+        write_bdd100k(tmp_path, some_bitmasks(), split)
+    args = parser.parse_args(["--data", "bdd100k", "--data-root", str(tmp_path)])
+    train, val = open_split(args, "train", train_transform(64)), open_split(args, "val", same_size())
+    assert len(train) == 1 and len(val) == 3 and train.classes == val.classes
+    [(images, targets)] = torch.utils.data.DataLoader(train, num_workers=1, collate_fn=collate)
+    assert images[0].shape == (3, 64, 64) and targets[0]["image_id"] == 1
 
 
 # --- image files
@@ -415,14 +540,25 @@ def coloured_blocks(height, width):
     return tv_tensors.Image(image), target
 
 
+def interior(mask, margin):
+    """The pixels of a mask (H, W) whose neighbours up to `margin` rows and columns away are in the mask, too."""
+    inside = mask.numpy()
+    for axis in (0, 1):
+        inside = minimum_filter1d(inside, 2 * margin + 1, axis=axis, mode="nearest")
+    return torch.from_numpy(inside)
+
+
 SIZES = [(16, 16), (16, 200), (300, 20), (480, 640), (640, 427), (1024, 1024), (1000, 1500), (4000, 3000)]
 
 
 @pytest.mark.parametrize("height, width", SIZES)
 def test_large_scale_jitter_at_any_size(height, width):
+    """1024 x 1024 out, masks never empty, boxes tight around them, and every mask lies where its object's colour is."""
     transform = train_transform(1024)
     sample = coloured_blocks(height, width)
-    for seed in range(3):
+    reach = math.ceil(max(1, 2 * 1024 / max(height, width))) + 1  # how far interpolation mixes neighbours, at most
+    seen = 0
+    for seed in range(6):
         torch.manual_seed(seed)
         image, target = transform(*sample)
         masks, boxes = target["masks"], target["boxes"]
@@ -434,10 +570,14 @@ def test_large_scale_jitter_at_any_size(height, width):
         for mask, box, label in zip(masks, boxes, target["labels"], strict=True):
             rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()  # raises in min() if the mask is empty
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            if min(height, width) > 400 and mask.sum() > 4000:  # else most pixels are blended with the neighbours
-                right = (image[0][mask] * 255 - 50 * (label + 1)).abs() < 1
-                assert right.float().mean() > 0.9
+            colours = image[:, interior(mask, reach)] * 255
+            assert ((colours - 50 * (label + 1)).abs() < 1).all()
+            seen += colours.numel() > 0
         assert masks.sum(0).max() <= 1  # they did not overlap before, either
+    assert seen > 0
+    torch.manual_seed(seed)
+    again, target_again = transform(*sample)
+    assert torch.equal(again, image) and torch.equal(target_again["masks"], masks)
 
 
 def test_markers_stay_with_their_objects():

@@ -16,6 +16,7 @@ import recipe
 import torch
 from reduce import project
 
+import attention
 import losses
 from convert import convert_state_dict, released_names
 from di import candidate_boxes
@@ -169,6 +170,19 @@ def assert_same_detections(detections, golden):
 
 def test_detections(system, load):
     assert_same_detections(system.detections, load(system.name))
+
+
+def test_detections_in_plain_pytorch(system, monkeypatch):
+    """Without the compiled deformable attention."""
+    monkeypatch.setitem(attention.WITHOUT_OP, "cpu", "is switched off")
+    with torch.no_grad():
+        outputs = system.model.eval()(system.images)
+    system.model.train()
+    for name, indices in outputs["selection"].items():
+        assert torch.equal(indices, system.inference["selection"][name])
+    sizes = [(HEIGHT, WIDTH)] * len(system.images)
+    with np.load(REDUCED / f"{system.name}.npz") as golden:
+        assert_same_detections(postprocess(outputs, sizes, sizes), golden)
 
 
 def assert_same_predictions(predictions, golden, prefix):

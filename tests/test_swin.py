@@ -19,6 +19,7 @@ from backbone import ResNet, Swin, build_backbone, load_backbone_weights
 from convert import convert_state_dict
 from di import boxes_from_masks
 from model import build_model, postprocess
+from train import parameter_groups
 
 REDUCED = Path(__file__).resolve().parent / "golden"
 FULL = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -143,6 +144,17 @@ def test_stochastic_depth_grows_with_the_blocks(name, depth):
     with torch.device("meta"):
         blocks = [block for stage in build_backbone(name).stages for block in stage]
     torch.testing.assert_close([b.stochastic_depth.p for b in blocks], torch.linspace(0, depth, len(blocks)).tolist())
+
+
+def test_position_tables_and_norms_have_no_weight_decay():
+    with torch.device("meta"):
+        model = build_model("tiny", backbone="swin_t")
+    groups = parameter_groups(model, 1e-4, 1e-5, 0.05)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay.keys() == {id(p) for p in model.parameters()}
+    for name, p in model.backbone.named_parameters():
+        free = "relative_position_bias_table" in name or re.search(r"norm|features\.0\.2", name)
+        assert decay[id(p)] == (0 if free else 0.05), name
 
 
 # Boxes from masks

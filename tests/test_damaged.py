@@ -1,0 +1,260 @@
+"""Damaged files, annotations and flags: each ends a program with one line that names the culprit, and no traceback.
+
+The programs run in this process, as their files do at their end; `test_as_a_user_sees_it` starts real ones.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import predict
+import train
+from data import BDD100K_CLASSES, make_shapes
+from model import PRESETS, DIMaskDINO
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "predict.py": predict.main}
+
+
+def write_checkpoint(path, classes):
+    config = replace(PRESETS["tiny"], num_classes=len(classes), test_size=(64, 64))
+    torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder of undamaged files: `coco`, `bdd100k`, and a checkpoint for each."""
+    root = tmp_path_factory.mktemp("good")
+    make_shapes(root / "coco", train=4, val=2, size=64)
+    categories = json.loads((root / "coco/annotations/instances_val2017.json").read_bytes())["categories"]
+    write_checkpoint(root / "coco.pt", [category["name"] for category in categories])
+    write_checkpoint(root / "bdd100k.pt", list(BDD100K_CLASSES))
+    for split in ("train", "val"):
+        bitmasks, images = root / f"bdd100k/labels/ins_seg/bitmasks/{split}", root / f"bdd100k/images/10k/{split}"
+        bitmasks.mkdir(parents=True)
+        images.mkdir(parents=True)
+        for name in ("a", "b"):
+            pixels = np.zeros((48, 64, 4), np.uint8)
+            pixels[5:30, 10:40] = 3, 0, 0, 1
+            pixels[30:40, 20:60] = 1, 4, 1, 2
+            Image.fromarray(pixels).save(bitmasks / f"{name}.png")
+            Image.fromarray(pixels[:, :, :3] * 50).save(images / f"{name}.jpg")
+    return root
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of them, to be damaged."""
+    return Path(shutil.copytree(good, tmp_path / "files"))
+
+
+def command(program_and_data):
+    """How to call a program when all is well, e.g. "train coco"; DIR stands for the folder of files."""
+    program, data = program_and_data.split()
+    if program == "predict":
+        flags = ["--output", "DIR/out", f"DIR/{PHOTOS}"]
+    else:
+        flags = ["--data", data, "--data-root", f"DIR/{data}", "--workers", "0"]
+    if program == "train":
+        flags += ["--output", "DIR/out", "--batch-size", "2", "--epochs", "1", "--train-size", "64"]
+        flags += ["--preset", "tiny", "--test-size", "64", "64"]
+    else:
+        flags += ["--checkpoint", f"DIR/{data}.pt"]
+    return [f"{program}.py", *flags, "--device", "cpu"]
+
+
+def run(capsys, monkeypatch, folder, command):
+    """Run a program in this process; returns its exit status and its message on stderr."""
+    monkeypatch.setattr(sys, "argv", [part.replace("DIR", str(folder)) for part in command])
+    try:
+        evaluation.run_program(PROGRAMS[command[0]])
+    except SystemExit as end:
+        if isinstance(end.code, str):  # as Python does with it at the end of a program
+            return 1, end.code
+        return end.code, capsys.readouterr().err
+    return 0, ""
+
+
+# --- what can be done to a file
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def edit(change):
+    """Change the dictionary in an annotation file."""
+
+    def edit_file(path):
+        content = json.loads(path.read_bytes())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit_file
+
+
+def first(**values):
+    return edit(lambda content: content["annotations"][0].update(values))
+
+
+def every(table, **values):
+    return edit(lambda content: [entry.update(values) for entry in content[table]])
+
+
+def image(mode, size):
+    return lambda path: Image.new(mode, size).save(path)
+
+
+def pixel(*value):
+    """Change one pixel of a bitmask."""
+
+    def edit_file(path):
+        with Image.open(path) as bitmask:
+            bitmask.load()
+        bitmask.putpixel((0, 0), value)
+        bitmask.save(path)
+
+    return edit_file
+
+
+def bitmasks(*value):
+    """Fill all bitmasks in a folder with one value."""
+    return lambda path: [Image.new("RGBA", (64, 48), value).save(file) for file in sorted(path.iterdir())]
+
+
+def save(content):
+    return lambda path: torch.save(content, path)
+
+
+def copy_of(name):
+    return lambda path: shutil.copy(path.parent / name, path)
+
+
+TRAIN, VAL = "coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json"
+PHOTOS, PHOTO = "coco/images/val2017", "coco/images/val2017/000000000001.png"
+MASKS, MASK = "bdd100k/labels/ins_seg/bitmasks/train", "bdd100k/labels/ins_seg/bitmasks/train/a.png"
+MASKED = "bdd100k/images/10k/train/a.jpg"
+NAN, SHORT = float("nan"), {"size": [64, 64], "counts": [3, 5]}
+FILES = {  # what is wrong: the program and its data, the file, what is done to it, what the line says besides its name
+    "annotation file missing": ("train coco", TRAIN, remove, "no such file"),
+    "annotation file cut off": ("train coco", TRAIN, cut, "is not JSON"),
+    "annotation file empty": ("eval coco", VAL, text(""), "is not JSON"),
+    "annotation file of another kind": ("eval coco", VAL, text("[1, 2]"), "not in COCO format"),
+    "image folder missing": ("train coco", "coco/images/train2017", remove, "put the train images there"),
+    "image missing": ("eval coco", PHOTO, remove, "1 of 2 images are not in"),
+    "image cut off": ("eval coco", PHOTO, cut, "cannot be read as an image"),
+    "image of another size": ("eval coco", PHOTO, image("RGB", (32, 64)), "image is 32x64, .* 64x64"),
+    "photograph is a text": ("predict coco", PHOTO, text("no image"), "could not be read"),
+    "photographs missing": ("predict coco", PHOTOS, remove, "no such image or folder"),
+    "checkpoint missing": ("eval coco", "coco.pt", remove, "no such checkpoint"),
+    "checkpoint cut off": ("predict coco", "coco.pt", cut, "perhaps truncated"),
+    "checkpoint of another kind": ("eval coco", "coco.pt", save({"weights": torch.ones(2)}), "not a checkpoint"),
+    "checkpoint of other classes": ("eval coco", "coco.pt", copy_of("bdd100k.pt"), "for 8 classes"),
+    # annotations
+    "no images": ("train coco", TRAIN, edit(lambda content: content.update(images=[])), "the data set is empty"),
+    "two points": ("train coco", TRAIN, first(segmentation=[[1, 1, 5, 5]]), "annotation 1: polygon with fewer"),
+    "polygon of NaN": ("train coco", TRAIN, first(segmentation=[[1, 1, 5, 5, 9, NAN]]), "1: polygon with coordinates"),
+    "RLE of another size": ("eval coco", VAL, first(segmentation={"size": [9, 9]}), "annotation 1: RLE of size"),
+    "RLE too short": ("eval coco", VAL, first(segmentation=SHORT), "annotation 1: RLE whose counts do not add up"),
+    "box without width": ("train coco", TRAIN, first(bbox=[1, 1, 0, 5]), "annotation 1: box .*has no area"),
+    "unknown category": ("train coco", TRAIN, first(category_id=99), "annotation 1: unknown category id 99"),
+    "unknown image": ("eval coco", VAL, first(image_id=99), "annotation 1: unknown image id 99"),
+    "two images of one id": ("train coco", TRAIN, every("images", id=1), "id 1 occurs twice in 'images'"),
+    "only crowds": ("train coco", TRAIN, every("annotations", iscrowd=1), "no image has an instance to train on"),
+    # BDD100K
+    "bitmask folder missing": ("train bdd100k", MASKS, remove, "no such folder"),
+    "bitmask missing": ("train bdd100k", MASK, remove, "a.jpg: .*bitmasks/train has no a.png"),
+    "its image missing": ("train bdd100k", MASKED, remove, "a.png: .*10k/train has no a.jpg"),
+    "its image is a text": ("train bdd100k", MASKED, text("x"), "cannot be read as an image"),
+    "bitmask cut off": ("train bdd100k", MASK, cut, "cannot be read as an image"),
+    "bitmask in RGB": ("train bdd100k", MASK, image("RGB", (64, 48)), "is RGB, not RGBA"),
+    "bitmask with a palette": ("train bdd100k", MASK, image("P", (64, 48)), "is P, not RGBA"),
+    "bitmask of another size": ("train bdd100k", MASK, image("RGBA", (48, 64)), "is 48x64, its image 64x48"),
+    "category 9": ("train bdd100k", MASK, pixel(9, 0, 0, 7), "category 9 and instance id 7"),
+    "instance without category": ("train bdd100k", MASK, pixel(0, 0, 0, 255), "category 0 and instance id 255"),
+    "category without instance": ("train bdd100k", MASK, pixel(3, 0, 0, 0), "category 3 and instance id 0"),
+    "instance of two categories": ("train bdd100k", MASK, pixel(4, 0, 0, 1), "instance 1 has pixels of several"),
+    "no instance": ("train bdd100k", MASKS, bitmasks(0, 0, 0, 0), "no instance in 2 bitmasks"),
+    "only ignored ones": ("train bdd100k", MASKS, bitmasks(3, 1, 0, 1), "no image has an instance to train on"),
+}  # fmt: skip
+FLAGS = {  # what is wrong: the program and its data, the flags, what the line says
+    "no data root": ("eval coco", ["--data-root", ""], "--data coco needs --data-root"),
+    "no data root of BDD100K": ("train bdd100k", ["--data-root", ""], "--data bdd100k needs --data-root"),
+    "annotations without images": ("train coco", ["--train-json", f"DIR/{TRAIN}"], "--train-images belong together"),
+    "images without annotations": ("eval coco", ["--val-images", f"DIR/{PHOTOS}"], "--val-json and .* belong together"),
+    "unknown data": ("eval coco", ["--data", "voc"], "--data: invalid choice: 'voc'"),
+    "unknown preset": ("train coco", ["--preset", "huge"], "--preset: invalid choice: 'huge'"),
+    "negative workers": ("train coco", ["--workers", "-1"], "--workers: must be 0 or more"),
+    "workers in words": ("eval coco", ["--workers", "two"], "--workers: invalid"),
+    "no checkpoint": ("eval coco", ["--checkpoint", "DIR"], "is a folder; give the checkpoint file"),
+    "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: no such device"),
+}  # fmt: skip
+if not torch.cuda.is_available():
+    FLAGS["no GPU"] = ("eval coco", ["--device", "cuda"], "--device cuda: no usable CUDA GPU")
+
+
+def error_line(status, message):
+    """The one error line of a program that failed; argparse prints its usage before it."""
+    assert status not in (0, None), "the program did not fail"
+    assert "Traceback" not in message
+    [line] = [line for line in message.strip().splitlines() if "error: " in line]
+    assert message.strip().endswith(line)
+    return line
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_file(folder, capsys, monkeypatch, case):
+    program, file, damage, says = FILES[case]
+    damage(folder / file)
+    line = error_line(*run(capsys, monkeypatch, folder, command(program)))
+    assert Path(file).name in line and re.search(says, line), line
+    assert not (folder / "out").exists() or program.startswith("predict")
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_wrong_flags(good, capsys, monkeypatch, case):
+    program, flags, says = FLAGS[case]
+    line = error_line(*run(capsys, monkeypatch, good, [*command(program), *flags]))
+    assert re.search(says, line), line
+    assert not (good / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["box without width", "bitmask cut off", "image cut off"])
+def test_as_a_user_sees_it(folder, case):
+    program, file, damage, says = FILES[case]
+    damage(folder / file)
+    name, *flags = command(program)
+    arguments = [sys.executable, ROOT / name, *(flag.replace("DIR", str(folder)) for flag in flags)]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    line = error_line(result.returncode, result.stderr)
+    assert line.startswith(f"{name}: error: ") and Path(file).name in line and re.search(says, line), line
+
+
+@pytest.mark.parametrize("data", ["coco", "bdd100k"])
+def test_undamaged_files_train_and_evaluate(folder, capsys, monkeypatch, data):
+    """What the cases above start from is sound."""
+    for program in ("train", "eval"):
+        status, message = run(capsys, monkeypatch, folder, command(f"{program} {data}"))
+        assert status == 0, message
+    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["box"].keys() == log[-1]["mask"].keys()
+    assert list((folder / "out").glob("*.png"))
