@@ -19,7 +19,7 @@ from model import PRESETS
 
 FOLDER = Path(__file__).resolve().parent
 ABLATIONS = {row.name: row.flags.split() for row in ROWS if row.table == "table4"}
-RECIPE = ["--data", "shapes-hard", "--preset", "tiny", "--batch-size", "8", "--epochs", "5"]
+RECIPE = ["--data", "shapes-hard", "--preset", "tiny", "--batch-size", "8", "--epochs", "5", "--lr", "0.001"]
 
 
 def train_and_evaluate(name, seed, output, launcher):
