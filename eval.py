@@ -200,16 +200,17 @@ def print_scores(scores):
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
 
 
-def draw_layers(axes, box, mask, box_sd=None, mask_sd=None):
+def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
     """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
 
     axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
     """
     layers = np.arange(len(box))
     box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
-    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", capsize=2)
-    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", capsize=2)
-    for layer, top, gap in zip(layers, np.fmax(box, mask), box - mask, strict=True):
+    error = {"capsize": 2, "ecolor": "black" if np.any(box_sd) else "none"}
+    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", **error)
+    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", **error)
+    for layer, top, gap in zip(layers, np.fmax(box + box_sd, mask + mask_sd), box - mask, strict=True):
         if np.isfinite(gap):
             axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(layers, ["input", *map(str, layers[1:])])
