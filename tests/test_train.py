@@ -18,7 +18,7 @@ from backbone import ResNet
 from data import collate, make_shapes, train_transform
 from eval import open_split
 from losses import SetCriterion
-from model import InputError, build_model, save_checkpoint
+from model import Config, InputError, build_model, save_checkpoint
 from train import TrainSampler, backward, lr_factor, parse_arguments, plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -490,7 +490,7 @@ def test_init_from_other_classes(run, shapes, uninterrupted, tmp_path, capsys):
     assert f"{len(source['model'])} of {len(source['model'])} entries loaded" in said
     source["classes"] = [f"other {name}" for name in source["classes"]]
     save_checkpoint(tmp_path / "other.pt", source)
-    model = train.DIMaskDINO(train.Config(**source["config"]))
+    model = train.DIMaskDINO(Config(**source["config"]))
     lines = train.load_init(model, tmp_path / "other.pt", ["a", "b"])
     fresh = "heads.class_head.weight, heads.class_head.bias, label_embedding.weight"
     assert fresh in lines[1] or set(fresh.split(", ")) <= set(lines[1].split(": ")[1].split(", "))
