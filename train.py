@@ -47,7 +47,7 @@ SCHEDULES = {
     "bdd68ep": (59_500, 8, [43_750]),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
 }
 LEARNING_RATE, BACKBONE_FACTOR, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 0.05, 0.01
-TINY = SimpleNamespace(epochs=10, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
+TINY = SimpleNamespace(epochs=12, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
 LOG_EVERY = 20  # iterations
 
 
