@@ -729,10 +729,10 @@ def test_shapes_are_deterministic_and_made_once(shapes, tmp_path):
 def test_interrupted_generation_is_not_taken_as_complete(shapes, tmp_path, monkeypatch):
     calls = iter(range(10))
 
-    def interrupted(rng, size):
+    def interrupted(*args):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return draw_shapes(rng, size)
+        return draw_shapes(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("data.draw_shapes", interrupted)
