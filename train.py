@@ -248,9 +248,12 @@ class SeededDataset(Dataset):
 
 
 def quiet_worker(_):
-    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them."""
+    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
+
+    Not by a signal, at which the main process would take them for broken.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
