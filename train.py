@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from backbone import SWINS, load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
-from eval import add_data_arguments, evaluate, gather, open_split, percent, run_program
+from eval import add_data_arguments, evaluate, gather, open_split, percent, positive, run_program
 from losses import SetCriterion
 from model import (
     GUIDANCE,
@@ -121,13 +121,6 @@ def parse_arguments(argv=None):
     add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
     add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
     return parser.parse_args(argv)
-
-
-def positive(text):
-    """A positive integer, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
 
 
 def selections(text):
