@@ -73,6 +73,13 @@ def count(text):
     return int(text)
 
 
+def positive(text):
+    """An argparse type: an integer, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
+
+
 def open_split(args, split, transform):
     """The data set that the flags name, split "train" or "val". Raises DataError."""
     annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
@@ -245,7 +252,7 @@ def main():
         metavar="FILE.json",
         help="also write the numbers to this JSON file, and with --per-layer a bar chart of them to FILE.png",
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="images at a time, of one size (default: 4)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add_data_arguments(parser)
     args = parser.parse_args()

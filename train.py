@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from backbone import SWINS, load_backbone_weights
 from data import DataError, collate, eval_transform, train_transform
-from eval import add_data_arguments, evaluate, gather, open_split, percent, run_program
+from eval import add_data_arguments, evaluate, gather, open_split, percent, positive, run_program
 from losses import SetCriterion
 from model import (
     GUIDANCE,
@@ -47,7 +47,7 @@ SCHEDULES = {
     "bdd68ep": (59_500, 8, [43_750]),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
 }
 LEARNING_RATE, BACKBONE_FACTOR, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 0.05, 0.01
-TINY = SimpleNamespace(epochs=10, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
+TINY = SimpleNamespace(epochs=12, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
 LOG_EVERY = 20  # iterations
 
 
@@ -121,13 +121,6 @@ def parse_arguments(argv=None):
     add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
     add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
     return parser.parse_args(argv)
-
-
-def positive(text):
-    """A positive integer, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
 
 
 def selections(text):
@@ -248,9 +241,12 @@ class SeededDataset(Dataset):
 
 
 def quiet_worker(_):
-    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them."""
+    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
+
+    Not by a signal, at which the main process would take them for broken.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "unknown preset": ("train coco", ["--preset", "huge"], "--preset: invalid choice: 'huge'"),
     "negative workers": ("train coco", ["--workers", "-1"], "--workers: must be 0 or more"),
     "workers in words": ("eval coco", ["--workers", "two"], "--workers: invalid"),
+    "no batch": ("eval coco", ["--batch-size", "0"], "--batch-size: 0 is not a positive integer"),
     "no checkpoint": ("eval coco", ["--checkpoint", "DIR"], "is a folder; give the checkpoint file"),
     "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: no such device"),
 }  # fmt: skip

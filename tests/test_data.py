@@ -630,13 +630,21 @@ def test_padding_is_grey_and_belongs_to_nobody():
 
 
 def test_same_seed_same_sample_and_other_seed_another():
-    transform, sample, results = train_transform(128), coloured_blocks(100, 140), []
+    transform, sample, results = train_transform(128, (1.5, 2.0)), coloured_blocks(100, 140), []  # so that it crops
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         results.append(transform(*sample))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in ("labels", "boxes", "masks"))
     assert not torch.equal(results[0][0], results[2][0])
+
+
+def test_instances_without_a_pixel_are_dropped_with_their_labels():
+    masks = torch.zeros(3, 20, 20, dtype=torch.bool)
+    masks[1, :5], masks[2, 10:] = True, True
+    target = {"labels": torch.tensor([5, 6, 7]), "masks": tv_tensors.Mask(masks), "original_size": (20, 20)}
+    _, target = eval_transform(20, 20)(tv_tensors.Image(torch.zeros(3, 20, 20, dtype=torch.uint8)), target)
+    assert target["labels"].tolist() == [6, 7] and target["boxes"].tolist() == [[0, 0, 20, 5], [0, 10, 20, 20]]
 
 
 def test_crop_without_any_instance_is_fine():
@@ -721,10 +729,10 @@ def test_shapes_are_deterministic_and_made_once(shapes, tmp_path):
 def test_interrupted_generation_is_not_taken_as_complete(shapes, tmp_path, monkeypatch):
     calls = iter(range(10))
 
-    def interrupted(rng, size):
+    def interrupted(*args):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return draw_shapes(rng, size)
+        return draw_shapes(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("data.draw_shapes", interrupted)

@@ -67,18 +67,6 @@ def test_training_leaves_checkpoint_log_and_pictures(trained):
     assert checkpoint["config"]["num_classes"] == len(checkpoint["classes"]) == 10
 
 
-def test_resumed_training_equals_uninterrupted(trained, shapes, tmp_path):
-    """Stopped after the first of two epochs and resumed, the weights and the log are those of one run."""
-    command = ["train.py", "--data", "coco", "--data-root", shapes, "--output", tmp_path, "--epochs", 2, *SMALL]
-    run(*command, "--max-iterations", 2)
-    run(*command, "--resume")
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path, trained))
-    assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
-    assert ours["iteration"] == theirs["iteration"]
-    run(*command, "--resume")  # nothing is left to do
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 4
-
-
 def test_existing_run_is_not_overwritten(trained, shapes):
     before = (trained / "checkpoint.pt").read_bytes()
     error = run("train.py", "--data", "coco", "--data-root", shapes, "--output", trained, *SMALL, ok=False)
@@ -142,91 +130,30 @@ def test_images_without_annotations(shapes, tmp_path):
     assert "box" in json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
 
 
-def truncate(path, to):
-    path.write_bytes(path.read_bytes()[:to])
-
-
-def broken_polygon(content):
-    content["annotations"][0]["segmentation"] = [[1, 1, 5, 5]]
-
-
-def empty_box(content):
-    content["annotations"][0]["bbox"][2] = 0
-
-
-def unknown_category(content):
-    content["annotations"][0]["category_id"] = 99
-
-
-def no_images(content):
-    content["images"], content["annotations"] = [], []
-
-
-@pytest.mark.parametrize("change", [broken_polygon, empty_box, unknown_category, no_images])
-def test_bad_annotations_are_named(shapes, tmp_path, change):
-    root = edit(shapes, tmp_path / "data", change)
-    error = run("train.py", "--data", "coco", "--data-root", root, "--output", tmp_path / "out", *SMALL, ok=False)
-    assert "instances_train2017.json" in error
-    assert not (tmp_path / "out").exists()
-
-
 def test_bad_files_are_named(trained, shapes, tmp_path):
-    data = ["--data", "coco", "--data-root"]
-    checkpoint = trained / "checkpoint.pt"
+    """What tests/test_damaged.py has not: it runs the programs in its own process."""
+    data, checkpoint = ["--data", "coco", "--data-root"], trained / "checkpoint.pt"
 
     def fails(*command, naming):
         assert naming in run(*command, ok=False)
 
-    fails("eval.py", "--checkpoint", tmp_path / "none.pt", *data, shapes, naming="none.pt")
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(checkpoint.read_bytes()[:10000])
-    fails("eval.py", "--checkpoint", cut, *data, shapes, naming="cut.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    fails("predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "o", tmp_path / "no.jpg", naming="no.jpg")
-    pictures = shapes / "images" / "val2017"
-    fails(
-        "predict.py", "--checkpoint", tmp_path / "foreign.pt", "--output", tmp_path / "o", pictures, naming="foreign.pt"
-    )
-
-    other = [*data, shapes, "--output", trained, "--resume", *SMALL[:-6], "--preset", "dimaskdino_r50"]
-    fails("train.py", *other, naming="checkpoint.pt")
     weights = ["--output", tmp_path / "o", "--backbone-weights", tmp_path / "swin.pth"]
     fails("train.py", *data, shapes, *weights, *SMALL, naming="swin.pth")
-    fails("eval.py", "--checkpoint", checkpoint, *data, tmp_path, naming="instances_val2017.json")
-    fails("eval.py", "--checkpoint", checkpoint, "--data", "coco", naming="--data-root")
-
-    not_coco = tmp_path / "a" / "list.json"
-    not_coco.parent.mkdir()
-    not_coco.write_text("[1, 2]")
-    explicit = ["--val-json", not_coco, "--val-images", shapes / "images" / "val2017"]
-    fails("eval.py", "--checkpoint", checkpoint, *explicit, naming="list.json")
-    fails("eval.py", "--checkpoint", checkpoint, *explicit[:2], naming="--val-images")
-    annotations = shapes / "annotations" / "instances_val2017.json"
-    explicit = ["--val-json", annotations, "--val-images", shapes / "images" / "nothing"]
-    fails("eval.py", "--checkpoint", checkpoint, *explicit, naming="nothing")
 
     def rename(content):
         content["categories"][3]["name"] = "zebra"
 
     other = edit(shapes, tmp_path / "other", rename)
     fails("eval.py", "--checkpoint", checkpoint, *data, other, naming="zebra")
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(shapes, damaged)
-    image = sorted((damaged / "images" / "val2017").iterdir())[-1]
-    truncate(image, 300)
-    for workers in (0, 1):
-        fails("eval.py", "--checkpoint", checkpoint, *data, damaged, "--workers", workers, naming=image.name)
-    image.unlink()
-    fails("eval.py", "--checkpoint", checkpoint, *data, damaged, naming=image.name)
+    image = sorted((other / "images" / "val2017").iterdir())[-1]
+    image.write_bytes(image.read_bytes()[:300])
+    flags = [*data, other, "--output", tmp_path / "o", *SMALL, "--workers", 1, "--epochs", 1]
+    fails("train.py", *flags, naming=image.name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("program", ["train.py", "eval.py", "predict.py"])
-def test_no_gpu(program, tmp_path):
-    needed = {"train.py": [], "eval.py": ["--checkpoint", "x.pt"], "predict.py": ["--checkpoint", "x.pt", "a.png"]}
-    output = [] if program == "eval.py" else ["--output", tmp_path / "out"]
-    assert "cuda" in run(program, *needed[program], *output, "--device", "cuda", ok=False)
+def test_no_gpu(tmp_path):
+    assert "cuda" in run("train.py", "--output", tmp_path / "out", "--device", "cuda", ok=False)
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "predict.py"])
