@@ -27,7 +27,8 @@ class InputError(ValueError):
     """A checkpoint or setting that cannot be used; the message is one line: what, where, what to do."""
 
 
-GUIDANCE = ("t_i", "t_s1", "t_s2", "q_bal")  # choices of Config.guidance and Config.position_tokens
+BOX_INIT = ("mask", "bitmask", "head")  # choices of Config.box_init and so on
+GUIDANCE = ("t_i", "t_s1", "t_s2", "q_bal")
 POSITION_TOKENS = ("boxes", "random")
 
 
@@ -35,7 +36,9 @@ POSITION_TOKENS = ("boxes", "random")
 class Config:
     """Every setting of model and losses; the defaults are the released DI-MaskDINO with ResNet-50.
 
-    Settings of the ablations whose name does not say all:
+    Settings whose name does not say all:
+    box_init         "mask": boxes around the selected tokens' masks; "bitmask": these, one pixel wider and higher;
+                     "head": those that the box head gives the tokens, as in DINO, which masks need not be good for
     guidance         Table 5: the pipeline is cut behind this stage, whose best k2 tokens both guide BATO and enter the
                      decoder; that sees T_bal from its first layer on. "t_i": one selection, the tokens T_i themselves;
                      "t_s1": one selection (Eq. 1); "t_s2": all selections; "q_bal": behind layer 1, nothing is cut
@@ -55,7 +58,7 @@ class Config:
     encoder_layers: int = 6
     encoder_feedforward_dim: int = 2048
     di: bool = True  # De-Imbalance: token interaction and further selections (Eq. 2, 3); False: the last one alone
-    box_init: str = "mask"  # boxes around the selected tokens' masks; "bitmask": one pixel wider and higher
+    box_init: str = "mask"  # boxes of the tokens of the first selection, see above
     selections: tuple[int, ...] = (600, 300)  # tokens of each (Eq. 1, 3), interaction between them; last = queries
     interaction_layers: int = 2  # before each selection but the first
     position_tokens: str = "boxes"  # of the decoder's input: of the selected tokens; or "random", see above
@@ -89,7 +92,8 @@ class Config:
         sizes = list(self.selections)
         if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
             raise InputError(f"selections {self.selections}: give sizes of 1 or more, none above the one before it")
-        for name, choices in (("guidance", GUIDANCE), ("position_tokens", POSITION_TOKENS)):
+        choices_of = {"box_init": BOX_INIT, "guidance": GUIDANCE, "position_tokens": POSITION_TOKENS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         if self.guidance != "q_bal" and not (self.di and self.bato):
@@ -230,9 +234,13 @@ class DIMaskDINO(nn.Module):
         candidates, proposals = self.candidates(t_i, level_shapes)
         first, *further = self.config.stages
         t_s1, selection["first"] = select(candidates, heads.class_head(candidates), first)  # Eq. 1
-        boxes = boxes_from_masks(heads.masks(t_s1, pixel_features), self.config.box_init)
-        if every:
+        if every or self.config.box_init == "head":
             selected = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
+        if self.config.box_init == "head":
+            boxes = selected.detach()
+        else:
+            boxes = boxes_from_masks(heads.masks(t_s1, pixel_features), self.config.box_init)
+        if every:
             outputs["interm_outputs"] = heads(t_s1, selected, pixel_features)
         queries = t_s1.detach()
         boxes = inverse_sigmoid(boxes).sigmoid()

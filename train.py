@@ -26,6 +26,7 @@ from data import DataError, collate, eval_transform, train_transform
 from eval import add_data_arguments, evaluate, gather, open_split, percent, positive, run_program
 from losses import SetCriterion
 from model import (
+    BOX_INIT,
     GUIDANCE,
     POSITION_TOKENS,
     PRESETS,
@@ -110,6 +111,7 @@ def parse_arguments(argv=None):
     add("--train-size", type=positive, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="range of the scale jitter before the crop")
     add("--test-size", type=positive, nargs=2, metavar=("SHORTER", "LONGER"), help="shorter side, longer side at most")
+    add("--loss-points", type=positive, metavar="N", help="points sampled per mask; more for larger training crops")
 
     add = parser.add_argument_group("ablations of the paper, Tables 3-9; the default is the preset's").add_argument
     add("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
@@ -120,17 +122,18 @@ def parse_arguments(argv=None):
     add("--decoder-layers", type=positive, metavar="N", help="layers of the decoder")
     add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
     add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
+    add("--box-init", choices=BOX_INIT, help="boxes of the first selection: around its masks, or the box head's")
     return parser.parse_args(argv)
 
 
 def selections(text):
-    """"600,300" -> (600, 300), for argparse."""
+    """Sizes, "600,300" -> (600, 300), for argparse."""
     return tuple(positive(size) for size in text.split(","))
 
 
 CONFIG_FLAGS = (
     "train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
-    "box_loss_scale", "position_tokens",
+    "box_loss_scale", "position_tokens", "box_init", "loss_points",
 )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ SWITCHES = {
     "box losses": {"box_loss_scale": 0.1},
     "random positions": {"position_tokens": "random"},
     "random positions, neither": {"position_tokens": "random", "di": False, "bato": False},
+    "boxes of the head": {"box_init": "head"},
+    "boxes of the head, neither": {"box_init": "head", "di": False, "bato": False},
 }
 
 
@@ -115,6 +117,8 @@ def test_which_parameters_exist():
         "box losses": default,
         "random positions": default | position,
         "random positions, neither": default - interaction - bato | position,
+        "boxes of the head": default,
+        "boxes of the head, neither": default - interaction - bato,
     }
     assert expected.keys() == SWITCHES.keys() - {"default"}
     for switch, names in expected.items():
@@ -144,7 +148,8 @@ def test_selections_and_number_of_layers(switch):
         "single": [20],
         "triple": [40, 30, 20],
         "no narrowing": [20, 20],
-        **dict.fromkeys(["no DI", "neither", "T_i guides", "T_s1 guides", "random positions, neither"], [20]),
+        **dict.fromkeys(["no DI", "neither", "T_i guides", "T_s1 guides"], [20]),
+        **dict.fromkeys(["random positions, neither", "boxes of the head, neither"], [20]),
     }.get(switch, [40, 20])
     guiding = {"guiding": 8} if config.bato else {}
     assert found == dict(zip(("first", "second", "third"), sizes, strict=False)) | guiding
@@ -257,6 +262,28 @@ def test_random_position_tokens_with_few_tokens():
         assert model(torch.rand(1, 3, 32, 32))["pred_boxes"].shape[1] == 22
 
 
+def test_boxes_of_the_head_enter_the_decoder():
+    outputs, seen, _ = inspect("boxes of the head, neither")
+    expected = outputs["interm_outputs"]["pred_boxes"]
+    torch.testing.assert_close(seen["decoder"][2], expected)
+    theirs, default, _ = inspect("neither")
+    assert torch.equal(expected, theirs["interm_outputs"]["pred_boxes"])
+    assert (default["decoder"][2] - expected).abs().max() > 0.1  # around masks they are others
+
+
+def test_boxes_of_the_head_enter_the_interaction_without_gradient():
+    model = small_model("boxes of the head").train()
+    given = []
+    model.interactions[0].register_forward_hook(lambda _, args, out: given.append(args[1]))
+    outputs = model(*batch(2, 3))
+    assert not given[0].requires_grad and outputs["interm_outputs"]["pred_boxes"].requires_grad
+    torch.testing.assert_close(given[0], outputs["interm_outputs"]["pred_boxes"].detach())
+    model.eval()
+    with torch.no_grad():
+        first, all_layers = model(batch(2, 3)[0]), model(batch(2, 3)[0], all_layers=True)
+    assert torch.equal(first["pred_boxes"], all_layers["pred_boxes"])
+
+
 def test_box_loss_scale_changes_the_weights_of_the_box_losses_alone():
     ours, theirs = (SetCriterion(build_model("tiny", **SWITCHES[s]).config) for s in ("box losses", "default"))
     assert ours.weights.keys() == theirs.weights.keys()
@@ -279,6 +306,7 @@ def test_box_loss_scale_changes_the_weights_of_the_box_losses_alone():
         ({"guidance": "t_s2", "selections": (300,)}, "guidance t_s2.*selections"),
         ({"gtg": False, "bato": False}, "gtg.*bato"),
         ({"position_tokens": "learned"}, "position_tokens 'learned'.*random"),
+        ({"box_init": "boxes"}, "box_init 'boxes'.*bitmask"),
         ({"decoder_layers": 0}, "decoder_layers 0"),
     ],
 )
