@@ -111,6 +111,12 @@ def parse_arguments(argv=None):
     add("--train-size", type=positive, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="range of the scale jitter before the crop")
     add("--test-size", type=positive, nargs=2, metavar=("SHORTER", "LONGER"), help="shorter side, longer side at most")
+    add(
+        "--no-augmentation",
+        dest="augment",
+        action="store_false",
+        help="train on the images as the evaluation sees them: to see whether a model can learn its training images",
+    )
     add("--loss-points", type=positive, metavar="N", help="points sampled per mask; more for larger training crops")
 
     add = parser.add_argument_group("ablations of the paper, Tables 3-9; the default is the preset's").add_argument
@@ -401,8 +407,10 @@ class Trainer:
         config = make_config(args)
         if rank > 0:
             dist.barrier()  # the first process generates `shapes`, and finds what is wrong with the files
-        self.train_set = open_split(args, "train", train_transform(config.train_size, config.train_scale))
-        self.val_set = open_split(args, "val", eval_transform(*config.test_size))
+        plain = eval_transform(*config.test_size)
+        augmented = train_transform(config.train_size, config.train_scale)
+        self.train_set = open_split(args, "train", augmented if args.augment else plain)
+        self.val_set = open_split(args, "val", plain)
         if self.train_set.classes != self.val_set.classes:
             raise DataError("training and validation annotations differ in their categories; make them the same")
         if rank == 0 and world > 1:
@@ -430,7 +438,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type) if self.autocast == torch.float16 else None
 
         # What the order of the images and all random numbers depend on, with the iteration and the process.
-        self.settings = {"seed": args.seed, "batch_size": self.schedule.batch_size, "accumulate": args.accumulate}
+        self.settings = {name: getattr(args, name) for name in ("seed", "accumulate", "augment")}
+        self.settings["batch_size"] = self.schedule.batch_size
         self.iteration, self.seconds = 0, 0.0
         self.window = {}  # sums of the terms since the last line of the log
         self.evaluations = []  # their lines in the log

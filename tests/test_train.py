@@ -404,6 +404,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsy
         ("--batch-size 2", "batch_size 4 instead of 2"),
         ("--seed 5", "seed 0 instead of 5"),
         ("--accumulate 2", "accumulate 1 instead of 2"),
+        ("--no-augmentation", "augment True instead of False"),
         ("--decoder-layers 2", "decoder_layers 3 instead of 2"),
         ("--no-bato", "bato True instead of False"),
         ("--selections 30", "selections"),
@@ -469,6 +470,21 @@ def test_a_loss_that_is_not_finite(run, uninterrupted, tmp_path, monkeypatch):
     for name, value in reference["model"].items():
         assert torch.equal(before["model"][name], value), name
     assert checkpoint(tmp_path / "out")["iteration"] == 10
+
+
+def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
+    json_file, images = str(shapes / "annotations/instances_train2017.json"), str(shapes / "images/train2017")
+    flags = ["--train-json", json_file, "--val-json", json_file, "--train-images", images, "--val-images", images]
+    flags += ["--test-size", "48", "48", "--train-size", "96", "--output", str(tmp_path / "out")]
+
+    def samples(*more):
+        trainer = train.Trainer(train.parse_arguments([*flags, *more]), torch.device("cpu"), 0, 1)
+        return train.SeededDataset(trainer.train_set)[3, 0], trainer.val_set[3]
+
+    (image, target), (expected, wanted) = samples("--no-augmentation")
+    assert image.shape == (3, 48, 48) and torch.equal(image, expected)
+    assert torch.equal(target["masks"], wanted["masks"]) and torch.equal(target["boxes"], wanted["boxes"])
+    assert samples()[0][0].shape == (3, 96, 96)
 
 
 def test_bfloat16(run, tmp_path):
