@@ -27,7 +27,7 @@ class InputError(ValueError):
     """A checkpoint or setting that cannot be used; the message is one line: what, where, what to do."""
 
 
-BOX_INIT = ("mask", "bitmask", "head")  # choices of Config.box_init and so on
+BOX_INIT = ("mask", "bitmask", "head")  # choices of the settings of these names
 GUIDANCE = ("t_i", "t_s1", "t_s2", "q_bal")
 POSITION_TOKENS = ("boxes", "random")
 
@@ -38,7 +38,7 @@ class Config:
 
     Settings whose name does not say all:
     box_init         "mask": boxes around the selected tokens' masks; "bitmask": these, one pixel wider and higher;
-                     "head": those that the box head gives the tokens, as in DINO, which masks need not be good for
+                     "head": the box head's, as in DINO
     guidance         Table 5: the pipeline is cut behind this stage, whose best k2 tokens both guide BATO and enter the
                      decoder; that sees T_bal from its first layer on. "t_i": one selection, the tokens T_i themselves;
                      "t_s1": one selection (Eq. 1); "t_s2": all selections; "q_bal": behind layer 1, nothing is cut
@@ -234,14 +234,13 @@ class DIMaskDINO(nn.Module):
         candidates, proposals = self.candidates(t_i, level_shapes)
         first, *further = self.config.stages
         t_s1, selection["first"] = select(candidates, heads.class_head(candidates), first)  # Eq. 1
-        if every or self.config.box_init == "head":
-            selected = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
+        boxes = (heads.box_head(t_s1) + proposals[selection["first"]]).sigmoid()
+        if every:
+            outputs["interm_outputs"] = heads(t_s1, boxes, pixel_features)
         if self.config.box_init == "head":
-            boxes = selected.detach()
+            boxes = boxes.detach()
         else:
             boxes = boxes_from_masks(heads.masks(t_s1, pixel_features), self.config.box_init)
-        if every:
-            outputs["interm_outputs"] = heads(t_s1, selected, pixel_features)
         queries = t_s1.detach()
         boxes = inverse_sigmoid(boxes).sigmoid()
         for number, (interaction, k) in enumerate(zip(self.interactions, further, strict=True), start=2):

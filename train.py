@@ -128,7 +128,7 @@ def parse_arguments(argv=None):
     add("--decoder-layers", type=positive, metavar="N", help="layers of the decoder")
     add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
     add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
-    add("--box-init", choices=BOX_INIT, help="boxes of the first selection: around its masks, or the box head's")
+    add("--box-init", choices=BOX_INIT, help="not in the paper: where the boxes of the first selection come from")
     return parser.parse_args(argv)
 
 
