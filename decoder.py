@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from attention import MLP, FeedForward, MSDeformAttn, inverse_sigmoid, sine_box, xavier_matrices_
+from di import Queries
 
 
 class PredictionHeads(nn.Module):
@@ -81,6 +82,14 @@ class Decoder(nn.Module):
         """Position tokens (B, Q, C) of boxes (B, Q, 4)."""
         return self.position_mlp(sine_box(boxes, self.position_mlp.layers[-1].out_features))
 
-    def forward(self, layer, x, boxes, tokens, level_shapes, attn_mask):
-        """One layer by its number, from 0: queries x (B, Q, C) with reference boxes (B, Q, 4) -> queries (B, Q, C)."""
-        return self.layers[layer](x, self.query_pos(boxes), boxes, tokens, level_shapes, attn_mask)
+    def forward(self, number, queries, features, heads, attn_mask=None):
+        """One layer by its number, from 0: `Queries` (B, Q, ...) -> `Queries` with its output and its refined boxes.
+
+        Layer 0 is Eq. 4 and gives Q_bal, the others Eq. 9; their reference boxes have no gradient, those of layer 0,
+        which come from DI, have theirs. attn_mask (Q, Q) bool, True where hidden, or None.
+        """
+        content, boxes = queries
+        boxes = boxes if number == 0 else boxes.detach()
+        layer = self.layers[number]
+        content = layer(content, self.query_pos(boxes), boxes, features.tokens, features.level_shapes, attn_mask)
+        return Queries(content, heads.refine(content, boxes))

@@ -1,14 +1,23 @@
-"""De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores, and the interaction between tokens.
+"""De-Imbalance (Sec. 3.2.2): the selections, the tokens that the first one scores, and the interaction between tokens.
 
 The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is its
 cross-attention from the selected tokens T_s2 to the initial tokens T_i.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from attention import MLP, FeedForward, inverse_sigmoid, sine_box, xavier_matrices_
 from encoder import cell_centres
+
+
+class Queries(NamedTuple):
+    """What DI makes, and the decoder refines layer by layer."""
+
+    content: torch.Tensor  # (B, Q, C)
+    boxes: torch.Tensor  # (B, Q, 4) reference boxes, cxcywh in [0, 1] relative to the padded batch
 
 
 def gather_tokens(x, indices):
@@ -107,20 +116,77 @@ class TokenInteraction(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
-    def forward(self, t_s1, boxes):
-        """t_s1 (B, k1, C), boxes (B, k1, 4) cxcywh. Returns per layer the tokens and the refined boxes, same shapes."""
-        states, x = [], t_s1
+    def forward(self, queries):
+        """The selected tokens as `Queries` (B, k1, ...). Returns them after every layer, a list."""
+        states, (x, boxes) = [], queries
         for layer in self.layers:
             boxes = boxes.detach()
             x = layer(x, self.query_pos(sine_box(boxes, x.shape[-1])))
             boxes = (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
-            states.append((x, boxes))
+            states.append(Queries(x, boxes))
         return states
 
-    def predict(self, x, boxes, heads):
-        """Auxiliary predictions on one layer's tokens and boxes, for its loss; the box head is applied once more."""
-        x = self.norm(x)
+    def select(self, queries, heads, k):
+        """T_s2 = S(T_s1^sa, k2), Eq. 3: the best k of the last layer's tokens, as `Queries`, and their indices."""
+        t_s1_sa, boxes = queries
+        t_s2, indices = select(t_s1_sa, heads.class_head(self.norm(t_s1_sa)), k)
+        return Queries(t_s2, inverse_sigmoid(gather_tokens(boxes, indices)).sigmoid()), indices
+
+    def predict(self, queries, heads):
+        """Auxiliary predictions of one layer, for its loss; the box head is applied once more."""
+        x = self.norm(queries.content)
         return {
             "pred_logits": heads.class_head(heads.norm(x)),
-            "pred_boxes": (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid(),
+            "pred_boxes": (self.box_head(x) + inverse_sigmoid(queries.boxes)).sigmoid(),
         }
+
+
+class DeImbalance(nn.Module):
+    """Residual double-selection: T_i -> T_s1 (Eq. 1) -> T_s1^sa (Eq. 2) -> T_s2 (Eq. 3), with predictions of each."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes, self.box_init, self.guidance = config.selections, config.box_init, config.guidance
+        self.candidates = CandidateTokens(config)
+        self.interactions = nn.ModuleList(TokenInteraction(config) for _ in self.sizes[1:])
+        self.position_tokens = nn.Embedding(self.sizes[-1], 4) if config.position_tokens == "random" else None
+
+    def forward(self, features, heads, every=False):
+        """features: `Features` with T_i; heads: the model's own; every: with the predictions that have a loss.
+
+        Returns T_s2 as `Queries` and {selection: {first, second, ...: (B, k) int64, each among the tokens before it}};
+        with `every` also interm_outputs, the predictions of the first selection, and di_outputs, a list with class and
+        box of every interaction layer.
+        """
+        queries, outputs = self.first_selection(features, heads, every)
+        for number, (interaction, k) in enumerate(zip(self.interactions, self.sizes[1:], strict=True), start=2):
+            states = interaction(queries)  # Eq. 2: T_s1^sa
+            if every:
+                predictions = [interaction.predict(state, heads) for state in states]
+                outputs["di_outputs"] = outputs.get("di_outputs", []) + predictions
+            name = {2: "second", 3: "third"}.get(number, f"{number}th")
+            queries, outputs["selection"][name] = interaction.select(states[-1], heads, k)  # Eq. 3: T_s2
+        return self.ablated(queries, features.tokens, outputs["selection"]["first"]), outputs
+
+    def first_selection(self, features, heads, every):
+        """T_s1 = S(T_i, k1), Eq. 1, as `Queries` without gradient, and the outputs so far."""
+        tokens, proposals = self.candidates(features.tokens, features.level_shapes)
+        t_s1, first = select(tokens, heads.class_head(tokens), self.sizes[0])  # Eq. 1
+        boxes = (heads.box_head(t_s1) + proposals[first]).sigmoid()
+        outputs, masks = {"selection": {"first": first}}, None
+        if every:
+            outputs["interm_outputs"] = heads(t_s1, boxes, features.pixels)
+            masks = outputs["interm_outputs"]["pred_masks"]
+        if self.box_init != "head":
+            masks = heads.masks(t_s1, features.pixels) if masks is None else masks
+            boxes = boxes_from_masks(masks, self.box_init)
+        return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), outputs
+
+    def ablated(self, queries, t_i, first):
+        """The decoder's input under the settings of Tables 3 and 5: other boxes, other tokens."""
+        content, boxes = queries
+        if self.guidance == "t_i":
+            content = gather_tokens(t_i, first).detach()
+        if self.position_tokens:
+            boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(len(content), -1, -1)
+        return Queries(content, boxes)

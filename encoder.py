@@ -1,10 +1,20 @@
 """Feature tokens extractor (Sec. 3.2.1): the deformable encoder that gives T_i, and the pixel features F for masks."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from attention import FeedForward, MSDeformAttn, sine_position, xavier_matrices_
+
+
+class Features(NamedTuple):
+    """What DI, BATO and the decoder see of the images; made by the encoder, and made anew by BATO."""
+
+    tokens: torch.Tensor  # T_i or T_bal (B, S, C): levels from coarse (C6) to fine (C3 or C2), each row-major
+    level_shapes: list[tuple[int, int]]  # [(H, W), ...] of the levels in this order
+    pixels: torch.Tensor  # F or F' (B, C, H/4, W/4), for masks
 
 
 def tokens_to_map(tokens, level_shapes, level):
@@ -63,14 +73,10 @@ class Encoder(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         nn.init.zeros_(self.pixel_proj.bias)
 
-    def forward(self, features):
-        """features: [C2, C3, C4, C5].
-
-        Returns T_i (B, S, C), levels from coarse (C6) to fine (C3 or C2), each row-major; the level shapes
-        [(H, W), ...] in this order; the pixel features F (B, C, H/4, W/4).
-        """
-        c2 = features[0]
-        maps = features[1 - len(self.input_proj) :] + features[-1:]  # C5 twice, since C6 comes from it
+    def forward(self, maps):
+        """maps: [C2, C3, C4, C5]. Returns the `Features` with T_i and F."""
+        c2 = maps[0]
+        maps = maps[1 - len(self.input_proj) :] + maps[-1:]  # C5 twice, since C6 comes from it
         maps = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
@@ -86,4 +92,4 @@ class Encoder(nn.Module):
         pixel_features = self.pixel_proj(self.output(self.lateral(c2) + finest))
 
         t_i = torch.cat(tokens.split([h * w for h, w in shapes], dim=1)[::-1], 1)  # coarse to fine from here on
-        return t_i, shapes[::-1], pixel_features
+        return Features(t_i, shapes[::-1], pixel_features)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from config import PRESETS
 from di import CandidateTokens, TokenInteraction, boxes_from_masks, candidate_boxes, gather_tokens, select
 from encoder import cell_centres
-from model import PRESETS
 
 CONFIG = PRESETS["tiny"]
 F64 = torch.zeros(1, dtype=torch.float64)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
+from config import PRESETS
 from losses import SetCriterion
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, build_model, postprocess
+from model import PIXEL_MEAN, PIXEL_STD, build_model, postprocess
 
 SMALL = {
     "num_classes": 4,
