@@ -73,11 +73,13 @@ class DIMaskDINO(nn.Module):
         queries, outputs = self.di(features, heads, every)  # Sec. 3.2.2, Eq. 1-3: T_s2 and its boxes
         queries, num_dn, groups, attn_mask = self.denoising(queries, targets)  # in training, these come first
 
-        layers = [heads(*queries, features.pixels)] if every else []  # predictions on the decoder's input
+        layers = []  # predictions: with `every` on the decoder's input and behind each layer, else behind the last
         for number in range(last + 1):
             if number == self.first_balanced:  # Sec. 3.2.3, Eq. 5-8: T_i becomes T_bal, F becomes F'
                 q_bal = Queries(queries.content[:, num_dn:], queries.boxes[:, num_dn:])
                 features, outputs["selection"]["guiding"] = self.bato(q_bal, features, heads, decoder.query_pos)
+            if every and number == 0:
+                layers.append(heads(*queries, features.pixels))
             previous = queries.boxes
             queries = decoder(number, queries, features, heads, attn_mask)  # 0: Eq. 4, Q_bal; then Eq. 9, Q_ref
             if every or number == last:
