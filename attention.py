@@ -116,12 +116,14 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
                         corners of a cell, whole samples, infinite and NaN locations; these get no gradient
     attention_weights   (B, Q, M, L, P)
 
-    float32, float64 or bfloat16, on a GPU float16 too; with a half-precision value the locations and the weights may
+    float32, float64, bfloat16 or float16; with a half-precision value the locations and the weights may
     be float32. Returns (B, Q, M*D) in the dtype of `value`. Raises RuntimeError for shapes, dtypes or devices that do
     not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built.
     """
     if not has_op(value.device.type):
         return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
+    if value.dtype == torch.float16 and value.device.type == "cpu":  # which computes in it no faster
+        return ms_deform_attn(value.float(), level_shapes, sampling_locations, attention_weights).half()
     sizes = [size for shape in level_shapes for size in shape]
     return torch.ops.dimaskdino.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
 
@@ -211,6 +213,19 @@ def inverse_sigmoid(x, eps=1e-5):
     """Logit of x, any shape; x and 1 - x are kept at `eps` or above, so the logits lie within about +-11.5."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def full_precision(x):
+    """The tensor, in float32 if it is of a half-precision dtype."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def in_full_precision(function, x):
+    """function(x) without autocast, x a tensor, in float32 if it is in half precision: for boxes, and for the scores
+    that decide a selection, which half precision would round to a few values.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return function(full_precision(x))
 
 
 class MLP(nn.Module):

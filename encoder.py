@@ -80,10 +80,9 @@ class Encoder(nn.Module):
         maps = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
-        position = torch.cat(
-            [sine_position(*s, tokens.shape[-1], tokens) + e for s, e in zip(shapes, self.level_embed, strict=True)]
-        )
-        centres = cell_centres(shapes, tokens)
+        like = self.level_embed  # positions are in the dtype of the parameters, also under autocast
+        position = torch.cat([sine_position(*s, like.shape[1], like) + e for s, e in zip(shapes, like, strict=True)])
+        centres = cell_centres(shapes, like)
         for layer in self.layers:
             tokens = layer(tokens, position, centres, shapes)
 

@@ -7,9 +7,11 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import box_convert
 
+from attention import full_precision
 from backbone import build_backbone
 from bato import BATO
 from config import PRESETS
@@ -94,6 +96,13 @@ class DIMaskDINO(nn.Module):
             outputs["dn_outputs"] = denoised[-1] | {"aux_outputs": denoised[:-1], "num_groups": groups}
         return outputs
 
+    def use_published_precision(self):
+        """Let the encoder with the pixel features, DI's interaction and the decoder layers compute in float32 under
+        autocast, as in the published training (mixed precision in float16).
+        """
+        for module in (self.encoder, self.decoder, *self.di.interactions):
+            module.forward = partial(without_autocast, module.forward)
+
     def batch(self, images):
         """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
         like = self.encoder.level_embed  # for its dtype and device
@@ -101,6 +110,13 @@ class DIMaskDINO(nn.Module):
         images = [(image.to(like) - mean) / std for image in images]
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
+
+
+def without_autocast(forward, *args):
+    """forward(*args) without autocast; half-precision tensors among its arguments become float32."""
+    device = next(x for x in tree_leaves(args) if torch.is_tensor(x)).device
+    with torch.autocast(device.type, enabled=False):
+        return forward(*tree_map_only(torch.Tensor, full_precision, args))
 
 
 def postprocess(outputs, image_sizes, output_sizes, topk=100):
