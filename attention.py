@@ -160,9 +160,10 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(self, query, reference, tokens, level_shapes):
+    def forward(self, query, reference, tokens, level_shapes, level_sizes=None):
         """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
-        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]. Returns (B, Q, C).
+        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]; level_sizes (L, 2), for points alone: these as a tensor,
+        see `sizes_of`. Returns (B, Q, C).
 
         Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
         """
@@ -172,13 +173,17 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            sizes = reference.new_tensor([(w, h) for h, w in level_shapes])  # (L, 2), exact: not in half precision
-            locations = reference + offsets / sizes[:, None]
+            locations = reference + offsets / level_sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
         weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
+
+
+def sizes_of(level_shapes, like):
+    """Width and height of all levels, (L, 2), in dtype and device of `like`; made there: no copy to wait for."""
+    return torch.stack([torch.stack([like.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
 
 
 def sine_embedding(values, dim, temperature=10000):
@@ -221,9 +226,11 @@ def full_precision(x):
 
 
 def in_full_precision(function, x):
-    """function(x) without autocast, x a tensor, in float32 if it is in half precision: for boxes, and for the scores
-    that decide a selection, which half precision would round to a few values.
+    """function(x) without autocast, if it is on, x a tensor, then in float32 if it is in half precision: for boxes, and
+    for the scores that decide a selection, which half precision would round to a few values.
     """
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x)
     with torch.autocast(x.device.type, enabled=False):
         return function(full_precision(x))
 

@@ -104,9 +104,13 @@ class DIMaskDINO(nn.Module):
             module.forward = partial(without_autocast, module.forward)
 
     def batch(self, images):
-        """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
-        like = self.encoder.level_embed  # for its dtype and device
-        mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        """List of (3, H, W) RGB images in [0, 1], or a batch of them -> normalised (B, 3, H, W), zero-padded at the
+        bottom and right to multiples of 32.
+        """
+        like = self.encoder.level_embed  # for its dtype and device, where the constants are made: no copy to wait for
+        mean, std = (torch.stack([like.new_full((1, 1), x) for x in values]) for values in (PIXEL_MEAN, PIXEL_STD))
+        if torch.is_tensor(images):
+            return F.pad((images.to(like) - mean) / std, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
         images = [(image.to(like) - mean) / std for image in images]
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
