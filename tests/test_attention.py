@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 from attention import MSDeformAttn, ms_deform_attn, ms_deform_attn_pytorch, sine_box, sine_embedding, sine_position
@@ -348,6 +349,71 @@ def test_compiles_and_exports_without_a_graph_break(device):
     torch.testing.assert_close(
         exported.module()(query, reference_points, tokens.detach(), level_shapes), expected.detach()
     )
+
+
+class TwoLevels(torch.nn.Module):
+    """Every cell of two maps (B, 16, H, W) samples both, at places and with weights made of its channels."""
+
+    def forward(self, first, second):
+        maps = first, second
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        heads = tokens.unflatten(2, (2, 8))
+        locations = heads.unflatten(3, (2, 2, 2)).sigmoid()
+        return ms_deform_attn(heads, [x.shape[2:] for x in maps], locations, locations[..., 0])
+
+
+TWO_SIZES = [
+    (torch.randn(2, 16, 6, 8, generator=torch.manual_seed(0)), torch.randn(2, 16, 3, 4)),
+    (torch.randn(3, 16, 5, 11), torch.randn(3, 16, 2, 7)),
+]
+DYNAMIC = [{0: torch.export.Dim("B"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}] * 2
+
+
+@pytest.mark.skipif(bool(attention.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
+def test_sizes_may_be_symbolic():
+    module, graphs = TwoLevels(), []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    exported = torch.export.export(module, TWO_SIZES[0], dynamic_shapes=DYNAMIC)
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+    for maps in TWO_SIZES:
+        assert torch.equal(exported.module()(*maps), module(*maps))
+        assert torch.equal(compiled(*maps), module(*maps))
+    assert "dimaskdino.ms_deform_attn" in str(exported.graph)
+    assert len(graphs) == 1 and "dimaskdino.ms_deform_attn" in graphs[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # that tracing meets Python numbers, and the exporter's own
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_portable_formats_hold_plain_operators(format, tmp_path):
+    module, path = TwoLevels(), tmp_path / "file"
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        program = torch.onnx.export(module, TWO_SIZES[0], dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+        program.save(path)
+        session = onnxruntime.InferenceSession(path)
+        results = [session.run(None, {"first": a.numpy(), "second": b.numpy()})[0] for a, b in TWO_SIZES]
+    else:
+        torch.jit.trace(module, TWO_SIZES[0]).save(path)
+        loaded = torch.jit.load(path)
+        assert "dimaskdino" not in str(loaded.inlined_graph)
+        results = [loaded(*maps) for maps in TWO_SIZES]
+    for found, maps in zip(results, TWO_SIZES, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), module(*maps), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_flops_are_counted(device):
+    """Four multiply-adds for every sample and channel, and twice that for the backward."""
+    inputs = make_inputs(2, 7, 3, 8, 4, [(5, 6), (2, 3)], device=device)
+    with FlopCounterMode(display=False) as counter:
+        with_gradients(ms_deform_attn, *inputs, torch.ones(2, 7, 24, dtype=torch.float64, device=device))
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    forward = 2 * 4 * (2 * 7 * 3 * 2 * 4) * 8
+    assert counts == {"dimaskdino.ms_deform_attn": forward, "dimaskdino.ms_deform_attn_backward": 2 * forward}
 
 
 @pytest.mark.skipif(bool(attention.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
