@@ -146,9 +146,10 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
     float32, float64, bfloat16 or float16; with a half-precision value the locations and the weights may
     be float32. Returns (B, Q, M*D) in the dtype of `value`. Raises RuntimeError for shapes, dtypes or devices that do
     not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built and in what is made to run
-    elsewhere, by torch.onnx.export and torch.jit.trace. Sizes may be symbolic, as torch.export makes them.
+    elsewhere, by torch.export, torch.onnx.export and torch.jit.trace. Sizes may be symbolic, as these make them.
     """
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or not has_op(value.device):
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    if exporting or not has_op(value.device):
         return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
     if value.dtype == torch.float16 and value.device.type == "cpu":  # which computes in it no faster
         return ms_deform_attn(value.float(), level_shapes, sampling_locations, attention_weights).half()
