@@ -274,7 +274,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         return self.layers[-1](x)
 
 
@@ -288,7 +288,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        return self.norm(x + self.linear2(self.linear1(x).relu()))
+        return self.norm(x + self.linear2(self.linear1(x).relu_()))
 
 
 def xavier_matrices_(module):

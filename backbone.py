@@ -40,6 +40,29 @@ def group_norm(channels):
     return nn.GroupNorm(32, channels)
 
 
+def fold_norms(body):
+    """Let every convolution of a ResNet apply the frozen batch norm behind it: one pass over the activations instead of
+    three, none of them stored in float32 under autocast. Parameters, buffers and their names stay as they are.
+    """
+    for module in list(body.modules()):
+        children = dict(module.named_children())
+        for name, conv in children.items():
+            norm = children.get({"0": "1"}.get(name, name.replace("conv", "bn")))
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+                conv.forward, norm.forward = partial(normed_conv, conv, norm), identity
+
+
+def normed_conv(conv, norm, x):
+    """norm(conv(x)) as one convolution: with its weight times the norm's gain, and the norm's shift as bias."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv._conv_forward(x, conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain)
+
+
+def identity(x):
+    """x itself, of a norm that its convolution applies."""
+    return x
+
+
 class ResNet(nn.Module):
     """A torchvision ResNet without its classifier; parameters keep torchvision's names below `body`.
 
@@ -51,6 +74,9 @@ class ResNet(nn.Module):
         super().__init__()
         norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
         self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        if frozen_batch_norm:
+            fold_norms(self.body)
+        self.body.to(memory_format=torch.channels_last)
         self.channels = [stage[0].conv1.in_channels for stage in (self.body.layer2, self.body.layer3, self.body.layer4)]
         self.channels.append(self.body.fc.in_features)  # of C2, C3, C4, C5
         del self.body.fc
@@ -63,7 +89,8 @@ class ResNet(nn.Module):
     def forward(self, images):
         """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
         body = self.body
-        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
         maps = []
         for stage in self.stages:
             x = stage(x)
