@@ -19,7 +19,7 @@
 #define __global__
 #define __grid_constant__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
 
 using std::max;
