@@ -14,19 +14,18 @@ TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 def mask_losses(logits, targets, index, num_points):
     """Binary cross-entropy (mean over the points) and dice loss of N predictions: (2, N).
 
-    logits: list of (n, h, w), N in all. index (N,) int64: the instance of each, among those of all targets, per image
-    {masks: (n, H, W) bool}. As in PointRend, 75 % of a prediction's `num_points` points are the most uncertain, of the
-    smallest |logit|, of three times as many random ones, the rest is uniform; drawn once, all predictions choose from
-    the same.
+    logits: list of (n, h, w), N in all; index (N,) int64, the instance of each among those of all targets. Of its
+    `num_points` points, 75 % are those of the smallest |logit| among three times as many random ones (PointRend), the
+    rest is uniform. The random points are drawn once: all predictions choose from the same.
     """
-    num_uncertain, num_random = int(0.75 * num_points), 3 * num_points
+    num_random, num_uncertain = 3 * num_points, int(0.75 * num_points)
+    draws = num_random, num_points - num_uncertain
     with torch.no_grad():
-        options = {"dtype": logits[0].dtype, "device": logits[0].device}
-        points = torch.cat([torch.rand(1, n, 2, **options)[0] for n in (num_random, num_points - num_uncertain)])
+        points = torch.cat([torch.rand(1, n, 2, dtype=logits[0].dtype, device=index.device)[0] for n in draws])
         distances = (sample_points(maps, points[None, :num_random]).abs_() for maps in logits)
-        chosen = [d.topk(num_uncertain, dim=1, largest=False, sorted=False).indices for d in distances]
-        uniform = torch.arange(num_random, len(points), device=points.device).expand(len(index), -1)
-        chosen = torch.cat([torch.cat(chosen), uniform], 1)
+        uncertain = [x.topk(num_uncertain, dim=1, largest=False, sorted=False).indices for x in distances]
+        uniform = torch.arange(num_random, len(points), device=index.device).expand(len(index), -1)
+        chosen = torch.cat([torch.cat(uncertain), uniform], 1)
         wanted = sample_masks([t["masks"] for t in targets], points)[index[:, None], chosen]
     predicted = sample_points(torch.cat(logits), F.embedding(chosen, points))
     bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
@@ -47,8 +46,7 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.matcher = HungarianMatcher(config)
         self.num_points = config.loss_points
-        boxes = config.box_weight, config.giou_weight
-        boxes = [config.box_loss_scale * weight for weight in boxes]
+        boxes = [config.box_loss_scale * weight for weight in (config.box_weight, config.giou_weight)]
         weights = dict(zip(TERMS, (config.class_weight, *boxes, config.mask_weight, config.dice_weight), strict=True))
         layers = ["", *(f"_{i}" for i in range(config.decoder_layers))]
         suffixes = [*layers, *(f"_dn{layer}" for layer in layers), "_interm"]
@@ -66,8 +64,7 @@ class SetCriterion(nn.Module):
         logits, boxes = full_precision(logits), full_precision(boxes)
         labels, wanted = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
 
-        # All pairs, numbered among the queries of all sets and the instances of all images. The host has just waited
-        # for the costs, so that their copy waits for nothing.
+        # All pairs, numbered over all sets and images. The host has just waited for the costs: this copy waits no more.
         lengths = torch.tensor([len(query) for query, _ in pairs])
         number = torch.arange(len(pairs)).repeat_interleave(lengths)
         image, lengths = number % len(counts), lengths.view(len(sets), -1).sum(1).tolist()

@@ -14,17 +14,13 @@ def full_precision(x):
 
 
 def sample_points(maps, points):
-    """Bilinear samples of maps (N, H, W) at points (N, P, 2), or (1, P, 2) for all, (x, y) in [0, 1] -> (N, P); outside
-    counts as zero.
-    """
+    """Bilinear samples of maps (N, H, W), zero outside, at points (N or 1, P, 2), (x, y) in [0, 1] -> (N, P)."""
     grid = (2 * points[:, None] - 1).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps[:, None], grid, align_corners=False).flatten(1)
 
 
 def sample_masks(masks, points):
-    """`sample_points` of bool masks, a list of (n, H, W), at points (P, 2) for all -> (all n, P), in the points' dtype,
-    without a float copy of whole masks.
-    """
+    """`sample_points` of bool masks, a list of (n, H, W), at points (P, 2), without a float copy -> (all n, P)."""
     H, W = masks[0].shape[1:]
     x, y = points[:, 0] * W - 0.5, points[:, 1] * H - 0.5  # in pixels, a pixel's centre on its index
     left, top = x.floor().long(), y.floor().long()
@@ -58,9 +54,8 @@ def pairwise_giou(a, b):
 def class_cost(logits, labels, alpha=0.25, gamma=2):
     """Focal cost of giving each query (B, Q, classes) each label (B, n) -> (B, Q, n)."""
     p = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
-    return positive - negative
+    return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - negative
 
 
 def mask_costs(logits, masks):
@@ -73,9 +68,8 @@ def mask_costs(logits, masks):
         p = x.sigmoid()
         sums = F.softplus(x).sum(2, keepdim=True), p.sum(2, keepdim=True)
         parts.append(torch.cat([*sums, x.bmm(masks.mT), p.bmm(masks.mT)], 2))
-    softplus, total, logits_inside, overlap = torch.cat(parts, 1).split([1, 1, n, n], 2)
-    dice = 1 - (2 * overlap + 1) / (total + masks.sum(2)[:, None] + 1)
-    return (softplus - logits_inside) / P, dice
+    softplus, area, inside, overlap = torch.cat(parts, 1).split([1, 1, n, n], 2)
+    return (softplus - inside) / P, 1 - (2 * overlap + 1) / (area + masks.sum(2)[:, None] + 1)
 
 
 class HungarianMatcher(nn.Module):
@@ -91,24 +85,20 @@ class HungarianMatcher(nn.Module):
     def cost(self, outputs, targets):
         """Costs (B, Q, n) of all pairs, n the largest number of targets of an image; arguments as in `forward`.
 
-        Several sets follow one another along Q, those without masks first. All masks are compared at the same points.
-        What stands behind an image's own targets has no meaning.
+        What stands behind an image's own targets has no meaning. Several sets follow one another along Q.
         """
         sets = [outputs] if isinstance(outputs, dict) else outputs
         logits, boxes = (
             full_precision(torch.cat([s[name] for s in sets], 1)) for name in ("pred_logits", "pred_boxes")
         )
         labels, wanted = (pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes"))
-        wanted = wanted.to(boxes)
-        cost = self.cost_class * class_cost(logits, labels)
-        cost = cost + self.cost_box * torch.cdist(boxes, wanted, p=1)
-        cost = cost - self.cost_giou * pairwise_giou(boxes, wanted)
+        cost = self.cost_class * class_cost(logits, labels) + self.cost_box * torch.cdist(boxes, wanted.to(boxes), p=1)
+        cost = cost - self.cost_giou * pairwise_giou(boxes, wanted.to(boxes))
         masked = [s["pred_masks"] for s in sets if "pred_masks" in s]
         if masked and labels.shape[1]:
-            like = full_precision(masked[0][0])
-            points = torch.rand(1, self.num_points, 2, dtype=like.dtype, device=like.device)
-            sampled = sample_masks([t["masks"] for t in targets], points[0])
-            sampled = pad_sequence(sampled.split([len(t["labels"]) for t in targets]), batch_first=True)
+            points = torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device)
+            sampled = sample_masks([t["masks"] for t in targets], points[0]).split([len(t["labels"]) for t in targets])
+            sampled = pad_sequence(sampled, batch_first=True)
             # Image by image: grid_sample with the queries as channels would read places far apart.
             logits = (torch.stack([sample_points(full_precision(x), points) for x in maps]) for maps in masked)
             bce, dice = mask_costs(logits, sampled)
@@ -118,16 +108,14 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def forward(self, outputs, targets):
         """outputs: pred_logits (B, Q, classes), pred_boxes (B, Q, 4) cxcywh, and pred_masks (B, Q, h, w) logits, which
-        may be absent; or a list of such sets. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh,
-        masks (n, H, W) bool.
+        may be absent; or a list of such sets, those without masks first. targets: per image labels (n,) int64, boxes
+        (n, 4) normalised cxcywh, masks (n, H, W) bool. All masks are compared at the same random points.
 
-        Returns per image, or per set and image, (queries, targets), two int64 tensors (min(Q, n),) on the CPU, by query.
-        All costs go to the host in one transfer; those that are not finite count as very large.
+        Returns per (set and) image (queries, targets), two int64 tensors (min(Q, n),) on the CPU, sorted by query. All
+        costs go to the host in one transfer; those that are not finite count as very large.
         """
         sets = [outputs] if isinstance(outputs, dict) else outputs
-        costs = self.cost(sets, targets).nan_to_num(1e30, 1e30, 1e30).cpu()
-        found = []
-        for part in costs.split([s["pred_logits"].shape[1] for s in sets], 1):
-            for c, t in zip(part.numpy(), targets, strict=True):
-                found.append(linear_sum_assignment(c[:, : len(t["labels"])]))
+        sizes = [s["pred_logits"].shape[1] for s in sets]
+        costs = self.cost(sets, targets).nan_to_num(1e30, 1e30, 1e30).cpu().split(sizes, 1)
+        found = [linear_sum_assignment(c[b, :, : len(t["labels"])]) for c in costs for b, t in enumerate(targets)]
         return [tuple(torch.from_numpy(index) for index in pair) for pair in found]

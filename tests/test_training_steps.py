@@ -1,4 +1,4 @@
-"""Three training steps against those of the released implementation, in float64 on the CPU: terms, gradients, weights."""
+"""Three training steps against those of the released implementation, in float64 on the CPU."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def uniform(*size, **options):
 
 @pytest.fixture(scope="module")
 def training():
-    """Three steps at the published rates: per step the terms and the gradient's norm, and what changes in the weights."""
+    """Three steps at the published rates: the terms and the gradient norm of each, and the changes of the weights."""
     model = released_model("dimaskdino_r50", salt=21).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     criterion = SetCriterion(model.config)
