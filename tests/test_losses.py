@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -327,7 +328,9 @@ def test_predictions_that_are_not_finite_give_terms_that_are_not_finite(name, va
 
 
 class Calls(TorchDispatchMode):
-    """Counts operator calls, and the copies of tensors from the host to the device, here "meta"."""
+    """Counts operator calls, and what waits on a GPU but does not raise on the device "meta": copies from the host, and
+    `prod`, whose backward pass reads a value.
+    """
 
     def __init__(self):
         super().__init__()
@@ -337,9 +340,24 @@ class Calls(TorchDispatchMode):
         self.count += 1
         result = operator(*args, **(kwargs or {}))
         sources, results = ([x for x in tree_leaves(y) if torch.is_tensor(x)] for y in ((args, kwargs), result))
-        from_host = [x for x in sources if x.device.type == "cpu"]
-        if from_host and any(x.device.type == "meta" for x in results):
-            self.copies += [f"{operator} {tuple(x.shape)}" for x in from_host]
+        copied = any(x.device.type == "cpu" for x in sources) or "prod" in str(operator)
+        if copied and any(x.device.type == "meta" for x in results):
+            self.copies.append(f"{operator} {[tuple(x.shape) for x in sources]}")
+        return result
+
+
+class Constants(TorchFunctionMode):
+    """Lists tensors on the device "meta" that are made of Python's numbers, so copied from the host."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        makers = (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.Tensor.new_tensor)
+        if function in makers and result.device.type == "meta":
+            self.copies.append(f"{function.__name__} {args}")
         return result
 
 
@@ -373,7 +391,7 @@ def test_operator_calls_and_waiting_of_the_host(counts, monkeypatch):
         return torch.zeros(tensor.shape)
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
-    with Calls() as calls:
+    with Calls() as calls, Constants(calls.copies):
         terms = SetCriterion(config)(outputs, targets)
         torch.autograd.backward(list(terms.values()), [torch.ones((), device="meta")] * len(terms))
     assert transfers == [(2, 7 * 300 + 3 * 600, max(counts))]  # the costs of all matchings
