@@ -147,7 +147,7 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
     groups = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            decayed = not (isinstance(module, norms) or name in ("level_embed", "relative_position_bias_table"))
+            decayed = not (isinstance(module, norms) or name == "relative_position_bias_table")
             rate = backbone_lr if module_name.startswith("backbone") else lr
             groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(parameter)
     return [
