@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
@@ -174,15 +174,23 @@ def place_instances(segmentations, image_size, flip, resized, offset, window):
             boxes.append(box)
             patches.append(patch)
             kept.append(index)
-    # Only those pages of this memory are taken that get a pixel; numpy's zeros, in pages of 2 MB, would take it all.
-    shape = (len(kept), *window[::-1].tolist())
-    memory = mmap.mmap(-1, max(1, math.prod(shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    masks = np.frombuffer(memory, bool, math.prod(shape)).reshape(shape)
-    for mask, ((left, top), rle) in zip(masks, patches, strict=True):
+    masks = _zeros(len(kept), *window[::-1].tolist())
+    for mask, ((left, top), rle) in zip(masks.numpy(), patches, strict=True):
         height, width = rle["size"]
         mask[top : top + height, left : left + width] = mask_utils.decode(rle)
     boxes = torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4))
-    return boxes, torch.from_numpy(masks), torch.tensor(kept, dtype=torch.int64)
+    return boxes, masks, torch.tensor(kept, dtype=torch.int64)
+
+
+def _zeros(*shape):
+    """False (*shape) bool in memory that is taken page by page, as pixels are set; in a loader process, shared memory.
+
+    Otherwise that process would copy the masks to shared memory, empty pages too, before it hands them over.
+    """
+    size = max(1, math.prod(shape))
+    if get_worker_info():
+        return torch.empty(0, dtype=torch.bool).set_(torch.UntypedStorage._new_shared(size), 0, shape)
+    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), bool, math.prod(shape)).reshape(shape))
 
 
 def _place_polygons(polygons, image_size, flip, resized, offset, window):
