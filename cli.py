@@ -63,8 +63,9 @@ def positive(text):
     return int(text)
 
 
-def open_split(args, split, transform):
-    """The data set that the flags name, split "train" or "val". Raises DataError."""
+def open_split(args, split, test_size=(800, 1333), augmentation=None):
+    """The data set that the flags name, split "train" or "val"; sizes as CocoInstances takes them. Raises DataError."""
+    options = {"training": split == "train", "test_size": test_size, "augmentation": augmentation}
     annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
     if bool(annotation_file) != bool(image_dir):
         raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
@@ -75,9 +76,9 @@ def open_split(args, split, transform):
         elif not args.data_root:
             raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
         if args.data == "bdd100k":
-            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
+            return CocoInstances(*bdd100k_paths(args.data_root, split), **options, read=read_bdd100k)
         annotation_file, image_dir = coco_paths(args.data_root, split)
-    return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
+    return CocoInstances(annotation_file, image_dir, **options)
 
 
 def choose_device(name):

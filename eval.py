@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
 from config import InputError
-from data import collate, eval_transform
+from data import collate
 from model import postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
@@ -171,7 +171,7 @@ def main():
 
     device = choose_device(args.device)
     model, checkpoint = load_model(args.checkpoint, device)
-    dataset = open_split(args, "val", eval_transform(*model.config.test_size))
+    dataset = open_split(args, "val", model.config.test_size)
     check_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
     scores = evaluate(model, dataset, device, args.workers, args.per_layer, args.batch_size)
     print_scores(scores)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from checkpoint import check_config, link, load_starting_point, newest_checkpoint, save_checkpoint
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
 from config import PRESETS, InputError, add_config_arguments, config_from
-from data import SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from data import SeededDataset, TrainSampler, collate, seed_of
 from eval import evaluate, percent
 from images import DataError
 from losses import SetCriterion
@@ -226,8 +226,7 @@ def save_picture(model, dataset, device, path, count=6):
     """PNG of the first images of a data set, the ground truth in the upper row and the predictions below."""
     columns = []
     for index in range(min(count, len(dataset))):
-        image, target = dataset[index]
-        pixels = (image * 255).round().to(torch.uint8)
+        pixels, target = dataset.ground_truth(index)
         found = predict(model, pixels, device, score_threshold=0.3)
         pair = [draw_instances(pixels, instances, dataset.classes) for instances in (target, found)]
         columns.append(torch.cat(pair, 1))
@@ -248,10 +247,9 @@ class Trainer:
         config = config_from(args)
         if rank > 0:
             dist.barrier()  # the first process generates `shapes`, and finds what is wrong with the files
-        plain = eval_transform(*config.test_size)
-        augmented = train_transform(config.train_size, config.train_scale)
-        self.train_set = open_split(args, "train", augmented if args.augment else plain)
-        self.val_set = open_split(args, "val", plain)
+        augmentation = (config.train_size, config.train_scale) if args.augment else None
+        self.train_set = open_split(args, "train", config.test_size, augmentation)
+        self.val_set = open_split(args, "val", config.test_size)
         if self.train_set.classes != self.val_set.classes:
             raise DataError("training and validation annotations differ in their categories; make them the same")
         if rank == 0 and world > 1:

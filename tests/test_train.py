@@ -18,7 +18,7 @@ from backbone import ResNet
 from checkpoint import save_checkpoint
 from cli import open_split
 from config import Config, InputError
-from data import TrainSampler, collate, train_transform
+from data import TrainSampler, collate
 from losses import SetCriterion
 from model import build_model
 from shapes import make_shapes
@@ -164,7 +164,7 @@ def small_model():
 def samples(shapes, count=8):
     """A batch of augmented training images; float64, since equal sums in float32 differ in the seventh digit."""
     args = parse_arguments(["--data", "coco", "--data-root", str(shapes)])
-    dataset = open_split(args, "train", train_transform(64, (0.8, 1.25)))
+    dataset = open_split(args, "train", augmentation=(64, (0.8, 1.25)))
     torch.manual_seed(1)
     images, targets = collate([dataset[i] for i in range(count)])
     return [image.double() for image in images], [t | {"boxes": t["boxes"].double()} for t in targets]
@@ -211,7 +211,6 @@ sys.path[:0] = [{root!r}, {tests!r}]
 torch.set_num_threads(1)
 import pytest, test_train as t
 from torch.nn.parallel import DistributedDataParallel
-from data import eval_transform
 from cli import open_split
 from eval import evaluate
 
@@ -228,7 +227,7 @@ grads = {{name: parameter.grad for name, parameter in model.named_parameters()}}
 torch.manual_seed(0)
 model = t.build_model("tiny")
 args = t.parse_arguments(["--data", "coco", "--data-root", {shapes!r}])
-dataset = open_split(args, "val", eval_transform(64, 64))
+dataset = open_split(args, "val", (64, 64))
 scores = evaluate(model, dataset, torch.device("cpu"), per_layer=True, batch_size=1)
 torch.save({{"grads": grads, "scores": scores, "loss": terms["loss"]}}, f"{output}/{{rank}}.pt")
 dist.destroy_process_group()
@@ -253,9 +252,7 @@ def test_two_processes_are_one(shapes, fixed_points, tmp_path, monkeypatch):
     monkeypatch.undo()
     torch.manual_seed(0)
     model = build_model("tiny")
-    dataset = open_split(
-        parse_arguments(["--data", "coco", "--data-root", str(shapes)]), "val", train.eval_transform(64, 64)
-    )
+    dataset = open_split(parse_arguments(["--data", "coco", "--data-root", str(shapes)]), "val", (64, 64))
     scores = train.evaluate(model, dataset, torch.device("cpu"), per_layer=True, batch_size=1)
     assert found[0]["scores"] == found[1]["scores"] == scores
 
