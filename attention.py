@@ -112,7 +112,7 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
     Same arguments and result as `ms_deform_attn`; half types are computed in float32.
     """
     B, _, M, D = value.shape
-    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    Q = sampling_locations.shape[1]
     dtype = value.dtype
     if dtype in (torch.float16, torch.bfloat16):
         value, sampling_locations, attention_weights = (
@@ -128,9 +128,8 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
         if height * width == 0:
             continue
         maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
-        for point in range(P):  # one at a time: the samples of all points are P times the output's memory
-            samples = F.grid_sample(maps, grids[:, level, None, point], padding_mode="zeros", align_corners=False)
-            out = torch.addcmul(out, samples[:, :, 0], weights[:, level, None, point])
+        samples = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, P, Q)
+        out = out + (samples * weights[:, level, None]).sum(2)
     return out.view(B, M * D, Q).transpose(1, 2).to(dtype)
 
 

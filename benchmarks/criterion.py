@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import PRESETS
+from config import PRESETS
 
 
 class Calls(TorchDispatchMode):
