@@ -151,6 +151,7 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
     if exporting or not has_op(value.device):
         return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
     if value.dtype == torch.float16 and value.device.type == "cpu":  # which computes in it no faster
+        sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
         return ms_deform_attn(value.float(), level_shapes, sampling_locations, attention_weights).half()
     sizes = [size for shape in level_shapes for size in shape]
     return torch.ops.dimaskdino.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
@@ -190,8 +191,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query, reference, tokens, level_shapes, level_sizes=None):
         """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
-        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]; level_sizes (L, 2), for points alone: these as a tensor,
-        see `sizes_of`. Returns (B, Q, C).
+        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...], and level_sizes what `sizes_of` makes of them, where it is
+        at hand. Returns (B, Q, C).
 
         Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
         """
@@ -201,7 +202,8 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            locations = reference + offsets / level_sizes[:, None]
+            sizes = sizes_of(level_shapes, reference) if level_sizes is None else level_sizes
+            locations = reference + offsets / sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.

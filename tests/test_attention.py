@@ -116,8 +116,6 @@ SHAPES = {  # B, Q, M, D, P, level shapes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_reference(shape, dtype, device):
-    if device == "cpu" and dtype == torch.float16:
-        pytest.skip("float16 is for GPUs")
     assert_like_reference(make_inputs(*shape, dtype=dtype, device=device), DTYPES[dtype])
 
 
@@ -344,7 +342,7 @@ def test_compiles_and_exports_without_a_graph_break(device):
     torch.testing.assert_close(compiled(*others), module(*others))
 
     exported = torch.export.export(module, (query, reference_points, tokens.detach(), level_shapes))
-    assert "dimaskdino.ms_deform_attn" in str(exported.graph)
+    assert "dimaskdino" not in str(exported.graph)  # programs that run it do not have the op
     torch.testing.assert_close(
         exported.module()(query, reference_points, tokens.detach(), level_shapes), expected.detach()
     )
@@ -378,9 +376,9 @@ def test_sizes_may_be_symbolic():
     exported = torch.export.export(module, TWO_SIZES[0], dynamic_shapes=DYNAMIC)
     compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
     for maps in TWO_SIZES:
-        assert torch.equal(exported.module()(*maps), module(*maps))
+        torch.testing.assert_close(exported.module()(*maps), module(*maps))
         assert torch.equal(compiled(*maps), module(*maps))
-    assert "dimaskdino.ms_deform_attn" in str(exported.graph)
+    assert "dimaskdino" not in str(exported.graph)  # programs that run it do not have the op
     assert len(graphs) == 1 and "dimaskdino.ms_deform_attn" in graphs[0]
 
 
