@@ -1,4 +1,4 @@
-"""benchmarks.plot on made logs: what the lines show, and one clear line for what cannot be drawn."""
+"""experiments.plot on made logs: what the lines show, and one clear line for what cannot be drawn."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from benchmarks import plot
+from experiments import plot
 
 
 def scores(box, mask):
@@ -116,7 +116,7 @@ def test_picture_that_cannot_be_written(tmp_path, monkeypatch, output):
     pytest.importorskip("matplotlib")
     write_log(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--output", str(tmp_path / output)])
-    with pytest.raises(SystemExit, match="benchmarks.plot: error: ") as end:
+    with pytest.raises(SystemExit, match="experiments.plot: error: ") as end:
         plot.main()
     assert "\n" not in end.value.code
 

@@ -1,4 +1,4 @@
-"""Draws losses, AP and the box-mask gap per layer of training runs: python -m benchmarks.plot RUN... --output FILE."""
+"""Draws losses, AP and the box-mask gap per layer of training runs: python -m experiments.plot RUN... --output FILE."""
 
 import argparse
 import json
@@ -124,14 +124,14 @@ def main():
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        sys.exit("benchmarks.plot: error: matplotlib is not installed; install it: python -m pip install matplotlib")
+        sys.exit("experiments.plot: error: matplotlib is not installed; install it: python -m pip install matplotlib")
     try:
         paths = [Path(run).resolve() for run in args.runs]
         unique = len({path.name for path in paths}) == len(paths)
         figure = draw({path.name if unique else str(path): read_log(path) for path in paths})
         figure.savefig(args.output, dpi=110)
     except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.plot: error: {error}")
+        sys.exit(f"experiments.plot: error: {error}")
     print(f"written: {args.output}")
 
 
