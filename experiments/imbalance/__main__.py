@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.experiments import ROOT, ROWS
 from data import make_shapes
 from eval import draw_layers
+from experiments.tables import ROOT, ROWS
 from model import PRESETS
 
 FOLDER = Path(__file__).resolve().parent
