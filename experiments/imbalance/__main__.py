@@ -1,107 +1,145 @@
-"""Does box AP lag mask AP at the first decoder layer, and do DI and BATO help? Table 4 on shapes-hard, with seeds:
-python -m benchmarks.imbalance.
+"""Does box AP lag mask AP at the first decoder layer, and do DI and BATO help? Table 4 and the tolerance test of
+Table 3 on shapes-hard, with seeds: python -m experiments.imbalance.
 """
 
 import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 from data import make_shapes
-from eval import draw_layers
-from experiments.tables import ROOT, ROWS
+from experiments.plot import draw_layers
+from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
+from experiments.tables import ROWS, settings
 from model import PRESETS
 
 FOLDER = Path(__file__).resolve().parent
-ABLATIONS = {row.name: row.flags.split() for row in ROWS if row.table == "table4"}
 RECIPE = ["--data", "shapes-hard", "--preset", "tiny", "--batch-size", "8", "--epochs", "5", "--lr", "0.001"]
+MODULES = {row.name: settings(row, "shapes-hard")[2] for row in ROWS if row.table == "table4"}
+# Constraint -> {row without it: row with it}; those without are rows of Table 4, as preset tiny has three layers too.
+TOLERANCE, FLAGS = {}, dict(MODULES)
+for row in ROWS:
+    if row.table == "table3" and not row.name.endswith("standard"):
+        system, constraint = row.name.replace("Mask DINO", "neither").split(", ")
+        TOLERANCE.setdefault(constraint, {})[system] = f"{system}, {constraint}"
+        FLAGS[f"{system}, {constraint}"] = settings(row, "shapes-hard")[2]
 
 
-def train_and_evaluate(name, seed, output, launcher):
-    """One run, from where it stopped: trains, and evaluates every decoder layer. Nothing to do for a finished one."""
-    folder = output / f"{name.replace(' ', '-')}-{seed}"
-    if (folder / "per_layer.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    # One thread each: as many runs as cores are faster than one run on all of them.
-    small = ["--workers", "0", "--device", "cpu"]
-    train = ["train.py", *RECIPE, *ABLATIONS[name], "--seed", str(seed), "--eval-every", "1000", "--resume", *small]
-    checkpoint = folder / "checkpoint.pt"
-    evaluate = ["eval.py", "--checkpoint", checkpoint, *RECIPE[:2], "--per-layer", *small]
-    commands = [*train, "--output", folder], [*evaluate, "--output", folder / "per_layer.json"]
-    both = " && ".join(shlex.join(map(str, [sys.executable, *command])) for command in commands)
-    print(both, flush=True)
-    with open(folder / "output.txt", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*launcher, "sh", "-c", both], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+def run_folder(output, name, seed):
+    """Where a run of a row goes."""
+    return output / f"{name.replace(', ', '-').replace(' / ', '-').replace(' ', '-')}-{seed}"
+
+
+def command(output, name, seed):
+    """The command line of a run, without the Python in front; its eval.json, written at the end, has every layer."""
+    training = ["train.py", *RECIPE, *FLAGS[name], "--seed", str(seed), "--eval-every", "1000", "--per-layer"]
+    return [*training, "--resume", "--workers", "0", "--device", "cpu", "--output", str(run_folder(output, name, seed))]
 
 
 def collect(output, seeds):
-    """[{"row", "seed", "seconds" of training, "layers": [{"box": AP, "mask": AP}, ...]}, ...] of the finished runs."""
+    """The finished runs: [{"row", "seed", "commit", "seconds" of training, "layers": [{"box": AP, "mask": AP}]}]."""
     runs = []
-    for name in ABLATIONS:
+    for name in FLAGS:
         for seed in range(seeds):
-            folder = output / f"{name.replace(' ', '-')}-{seed}"
-            if (folder / "per_layer.json").exists():
-                layers = json.loads((folder / "per_layer.json").read_text())["layers"]
+            folder = run_folder(output, name, seed)
+            if (folder / "eval.json").exists():
+                layers = json.loads((folder / "eval.json").read_text())["layers"]
                 layers = [{kind: round(layer[kind]["AP"], 2) for kind in ("box", "mask")} for layer in layers]
                 log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-                runs.append({"row": name, "seed": seed, "seconds": round(log[-1]["seconds"]), "layers": layers})
+                seconds = round([entry["seconds"] for entry in log if "loss" in entry][-1])
+                made = ", ".join((folder / "commit.txt").read_text().split())
+                runs.append({"row": name, "seed": seed, "commit": made, "seconds": seconds, "layers": layers})
     return runs
 
 
-def per_layer(runs, name, kind):
-    """Per layer the values of all seeds of one row; kind "box", "mask", or "gap" for box - mask."""
-    chosen = [run["layers"] for run in runs if run["row"] == name]
+def per_layer(runs, name, kind, seeds=None):
+    """Per layer the values of one row, a list in the order of the seeds; kind "box", "mask", or "gap" for box - mask.
+
+    seeds: those to take, all by default.
+    """
+    chosen = [run for run in runs if run["row"] == name and (seeds is None or run["seed"] in seeds)]
+    chosen = [run["layers"] for run in sorted(chosen, key=lambda run: run["seed"])]
     value = lambda layer: layer["box"] - layer["mask"] if kind == "gap" else layer[kind]  # noqa: E731
     return [[value(layer) for layer in layers] for layers in zip(*chosen, strict=True)]
 
 
-def spread(values):
-    """Mean ± standard deviation (n - 1) of some values, for printing."""
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+def common_seeds(runs, *names):
+    """The seeds that all these rows have."""
+    return set.intersection(*({run["seed"] for run in runs if run["row"] == name} for name in names))
 
 
-def markdown(runs):
-    """Three tables of mean ± standard deviation over the seeds: the layers 0, 1 and the last; all gaps; differences."""
+def module_tables(runs):
+    """Lines of three tables of Table 4's rows: AP at layers 0, 1 and the last; all gaps; paired differences."""
     last = len(runs[0]["layers"]) - 1
-    names = [name for name in ABLATIONS if any(run["row"] == name for run in runs)]
+    names = [name for name in MODULES if common_seeds(runs, name)]
     values = {(name, kind): per_layer(runs, name, kind) for name in names for kind in ("box", "mask", "gap")}
     lines = ["| row | seeds | input box | input mask | layer 1 box | layer 1 mask | final box | final mask |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name in names:
-        cells = [spread(values[name, kind][layer]) for layer in (0, 1, last) for kind in ("box", "mask")]
+        cells = [mean_sd(values[name, kind][layer]) for layer in (0, 1, last) for kind in ("box", "mask")]
         lines.append(f"| {' | '.join([name, str(len(values[name, 'box'][0])), *cells])} |")
     lines += ["", f"| box AP - mask AP | input | {' | '.join(f'layer {i}' for i in range(1, last + 1))} |"]
     lines.append("| --- " * (last + 2) + "|")
-    lines += [f"| {' | '.join([name, *map(spread, values[name, 'gap'])])} |" for name in names]
-    common = set.intersection(*({run["seed"] for run in runs if run["row"] == name} for name in names))
-    if common and "neither" in names:
-        runs = [run for run in runs if run["seed"] in common]
-        values = {(name, kind): per_layer(runs, name, kind) for name in names for kind in ("box", "mask", "gap")}
-        lines += ["", "| minus neither, same seed | gap at input | gap at layer 1 | final box | final mask |",
-                  "| --- | --- | --- | --- | --- |"]  # fmt: skip
-        for name in names[1:]:
+    lines += [f"| {' | '.join([name, *map(mean_sd, values[name, 'gap'])])} |" for name in names]
+    lines += ["", "| minus neither, same seeds | seeds | gap at input | gap at layer 1 | final box | final mask |",
+              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name in names:
+        seeds = common_seeds(runs, name, "neither")
+        if name != "neither" and seeds:
+            both = [(kind, layer) for kind, layer in (("gap", 0), ("gap", 1), ("box", last), ("mask", last))]
+            cells = [paired(*(per_layer(runs, n, k, seeds)[layer] for n in (name, "neither"))) for k, layer in both]
+            lines.append(f"| {' | '.join([name, str(len(seeds)), *cells])} |")
+    return lines
+
+
+def tolerance_table(runs):
+    """Lines of a table as the paper's Table 3: final AP with a constraint, and what it changes against without it.
+
+    The last line of a constraint is how much less DI loses than "neither", of the seeds that all four rows have.
+    """
+    lines = ["| constraint | row | seeds | final box | final mask | change of box | change of mask |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for constraint, pairs in TOLERANCE.items():
+        for system, constrained in pairs.items():
+            if seeds := common_seeds(runs, system, constrained):
+                final, changes = [], []
+                for kind in ("box", "mask"):
+                    now, before = (per_layer(runs, name, kind, seeds)[-1] for name in (constrained, system))
+                    final.append(mean_sd(now))
+                    relative = f", {100 * (mean(now) / mean(before) - 1):+.0f} %" if mean(before) else ""
+                    changes.append(paired(now, before) + relative)
+                lines.append(f"| {' | '.join([constraint, system, str(len(seeds)), *final, *changes])} |")
+        if seeds := common_seeds(runs, *pairs, *pairs.values()):
             cells = []
-            for kind, layer in (("gap", 0), ("gap", 1), ("box", last), ("mask", last)):
-                pairs = zip(values[name, kind][layer], values["neither", kind][layer], strict=True)
-                cells.append(spread([a - b for a, b in pairs]))
-            lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines)
+            for kind in ("box", "mask"):
+                neither, di = (changes_of(runs, *rows, kind, seeds) for rows in pairs.items())
+                cells.append(paired(di, neither))
+            lines.append(f"| {constraint} | DI minus neither | {len(seeds)} | | | {' | '.join(cells)} |")
+    return lines
+
+
+def changes_of(runs, system, constrained, kind, seeds):
+    """What a constraint changes in a row's final AP, seed by seed."""
+    now, before = (per_layer(runs, name, kind, seeds)[-1] for name in (constrained, system))
+    return [a - b for a, b in zip(now, before, strict=True)]
+
+
+def markdown(runs):
+    """All tables, mean ± standard deviation over the seeds; in brackets the 95 % interval of paired differences."""
+    tolerance = tolerance_table(runs)
+    return "\n".join([*module_tables(runs), *(["", *tolerance] if len(tolerance) > 2 else [])])
 
 
 def plot(runs, path):
-    """PNG of box and mask AP per layer, a panel for each row, error bars of one standard deviation."""
+    """PNG of box and mask AP per layer, a panel for each row of Table 4, error bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(ABLATIONS), sharey=True)
-    for axes, name in zip(panels, ABLATIONS, strict=True):
+    panels = figure.subplots(1, len(MODULES), sharey=True)
+    for axes, name in zip(panels, MODULES, strict=True):
         box, mask = (per_layer(runs, name, kind) for kind in ("box", "mask"))
         if len(box) and len(box[0]) > 1:
             draw_layers(axes, *([mean(v) for v in kind] for kind in (box, mask)),
@@ -114,11 +152,11 @@ def plot(runs, path):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Trains the four rows of Table 4 on shapes-hard with several seeds, evaluates every decoder layer, "
-        "prints tables of them in Markdown, and writes results.json and, with matplotlib, plot.png. Finished runs are "
-        "skipped."
+        description="Trains the four rows of Table 4, and the rows of Table 3 with a constraint, on shapes-hard with "
+        "several seeds, evaluates every decoder layer, prints tables of them in Markdown, and writes results.json and, "
+        "with matplotlib, plot.png. Finished runs are skipped, unfinished ones go on."
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs per row (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per row (default: 5)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each (default: the number of cores)"
     )
@@ -131,15 +169,18 @@ def main():
     parser.add_argument("--output", default="runs/imbalance", metavar="DIR", help="folder of the runs")
     parser.add_argument("--results", default=FOLDER, metavar="DIR", help="folder of the results (default: this one)")
     args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error("--seeds and --jobs: 1 or more")
     output, results = ROOT / args.output, Path(args.results)
     make_shapes(ROOT / "runs" / "shapes-hard", hard=True)  # before runs that start together do it
-    with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that what is there early compares all rows
-        work = [(name, seed, output, shlex.split(args.launcher)) for seed in range(args.seeds) for name in ABLATIONS]
-        list(pool.map(train_and_evaluate, *zip(*work, strict=True)))
+    # Seed by seed, so that what is there early compares all rows.
+    work = [(name, seed) for seed in range(args.seeds) for name in FLAGS]
+    run_all([(run_folder(output, *one), "eval.json", command(output, *one)) for one in work], args.jobs,
+            shlex.split(args.launcher))  # fmt: skip
 
     runs = collect(output, args.seeds)
     config = {name: getattr(PRESETS["tiny"], name) for name in ("decoder_layers", "selections", "train_size")}
-    content = {"recipe": shlex.join(RECIPE), "config": config, "runs": runs}
+    content = {"recipe": shlex.join(RECIPE), "commit": commit(), "machine": machine(), "config": config, "runs": runs}
     (results / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(runs))
     try:
