@@ -20,7 +20,15 @@ PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scor
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
-    make_shapes(root, train=50, val=4)
+    make_shapes(root, train=50, val=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """So few images that whole trainings take seconds."""
+    root = tmp_path_factory.mktemp("few")
+    make_shapes(root, train=6, val=1)
     return root
 
 
@@ -51,26 +59,36 @@ def test_average_precision_at_100_is_that_of_eval(shapes):
     assert few["mask"]["AP"] == pytest.approx(100 * share, abs=1) and many["mask"]["AP"] == pytest.approx(100)
 
 
-def test_mask_rcnn_learns_a_batch_and_keeps_the_images_as_they_are(shapes):
-    """It finds what it has learned: labels and masks are those of the data set, at the size that is asked for."""
+def test_mask_rcnn_learns_a_batch(shapes):
     dataset = CocoInstances(*coco_paths(shapes, "train"), eval_transform(64, 64), training=True)
     images, targets = collate([dataset[0]])
     [rcnn] = mask_rcnn.rcnn_targets(targets, 64, 64)
     torch.testing.assert_close(rcnn["boxes"], dataset[0][1]["boxes"])
-    assert rcnn["labels"].min() >= 1 and rcnn["masks"].dtype == torch.uint8
+    assert torch.equal(rcnn["labels"], targets[0]["labels"] + 1) and rcnn["masks"].dtype == torch.uint8
     torch.manual_seed(0)
-    model = mask_rcnn.build_mask_rcnn(10, samples=32)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(60):
-        mask_rcnn.step(model, optimizer, images, targets)
-    [found] = mask_rcnn.detect(model, images, [(128, 128)])
-    best = found["scores"] > 0.5
-    assert sorted(set(found["labels"][best].tolist())) == sorted(set(targets[0]["labels"].tolist()))
-    masks = torch.nn.functional.interpolate(targets[0]["masks"][None].float(), (128, 128))[0].bool()
-    inter, union = (
-        f(found["masks"][best][:, None], masks).sum((-1, -2)) for f in (torch.logical_and, torch.logical_or)
-    )
-    assert (inter / union).amax(1).min() > 0.5 and best.sum() >= len(masks) - 1
+    model = mask_rcnn.build_mask_rcnn(10, samples=16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    losses = [mask_rcnn.step(model, optimizer, images, targets)["loss"] for _ in range(8)]
+    assert all(np.isfinite(losses)) and losses[-1] < 0.9 * losses[0]
+
+
+def test_mask_rcnn_sees_images_of_their_size_and_detects_in_output_pixels(monkeypatch):
+    model = mask_rcnn.build_mask_rcnn(2)
+    seen = []
+
+    def roi_heads(features, proposals, sizes):
+        seen.append((sizes, features["0"].shape[-2:]))
+        masks = torch.ones(1, 1, 28, 28)
+        return [{"boxes": torch.tensor([[10.0, 20, 30, 28]]), "labels": torch.tensor([2]), "scores": torch.ones(1),
+                 "masks": masks}], {}  # fmt: skip
+
+    monkeypatch.setattr(model.roi_heads, "forward", roi_heads)
+    [found] = mask_rcnn.detect(model, [torch.rand(3, 40, 60)], [(80, 120)])
+    assert seen == [([(40, 60)], (16, 16))]  # padded to 64 x 64, stride 4, and not resized
+    assert found["boxes"].tolist() == [[20, 40, 60, 56]] and found["labels"].tolist() == [1]
+    rows, columns = found["masks"][0].nonzero().T
+    assert abs(rows.min() - 40) <= 1 and abs(rows.max() - 55) <= 1 and found["masks"].shape == (1, 80, 120)
+    assert abs(columns.min() - 20) <= 1 and abs(columns.max() - 59) <= 1
 
 
 @pytest.fixture
@@ -95,9 +113,9 @@ def in_process(monkeypatch):
     return ran
 
 
-def test_study(shapes, tmp_path, in_process, monkeypatch, capsys):
-    flags = ["--data-root", shapes, "--minutes", 0.001, "--seeds", 1, "--size", 64, "--batch-size", 2, "--jobs", 1]
-    flags += ["--flags", "--selections 40,20 --loss-points 32", "--mask-rcnn-flags", "--samples 16"]
+def test_study(few, tmp_path, in_process, monkeypatch, capsys):
+    flags = ["--data-root", few, "--minutes", 0.001, "--seeds", 1, "--size", 32, "--batch-size", 1, "--jobs", 1]
+    flags += ["--flags", "--selections 40,20 --loss-points 32", "--mask-rcnn-flags", "--samples 4"]
     flags = list(map(str, [*flags, "--output", tmp_path / "runs", "--results", tmp_path]))
     monkeypatch.setattr(sys, "argv", ["real_images", *flags])
     real_images.main()
@@ -117,28 +135,28 @@ def test_study(shapes, tmp_path, in_process, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["real_images", *flags])
     real_images.main()
     assert len(in_process) == first and json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
-    monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--size", "96"])
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--size", "64"])
     with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
         real_images.main()
 
 
-def test_mask_rcnn_goes_on_where_it_was_stopped(shapes, tmp_path, monkeypatch):
+def test_mask_rcnn_goes_on_where_it_was_stopped(few, tmp_path, monkeypatch):
     """The same weights, and every evaluation once, as without interruption."""
-    monkeypatch.setattr(mask_rcnn, "LOG_EVERY", 2)
-    flags = ["--data-root", shapes, "--epochs", 1, "--batch-size", 10, "--samples", 8, "--train-size", 64]
-    flags += ["--train-scale", 1, 1, "--test-size", 64, 64]
-    for name, stops in (("whole", [9]), ("parts", [2, 9, 9])):
+    monkeypatch.setattr(mask_rcnn, "LOG_EVERY", 1)
+    flags = ["--data-root", few, "--epochs", 1, "--batch-size", 2, "--samples", 4, "--train-size", 32]
+    flags += ["--train-scale", 1, 1, "--test-size", 32, 32]
+    for name, stops in (("whole", [9]), ("parts", [1, 9])):
         for stop in stops:
             argv = ["mask_rcnn", *map(str, flags), "--output", str(tmp_path / name), "--max-iterations", str(stop)]
             monkeypatch.setattr(sys, "argv", argv)
             mask_rcnn.main()
     whole, parts = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
-    assert whole["iteration"] == parts["iteration"] == 5
+    assert whole["iteration"] == parts["iteration"] == 3
     assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
     logs = [
         [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")
     ]
-    assert [entry["iteration"] for entry in logs[0]] == [2, 4, 5, 5]
+    assert [entry["iteration"] for entry in logs[0]] == [1, 2, 3, 3]
     assert [entry["loss"] for entry in logs[0] if "loss" in entry] == [e["loss"] for e in logs[1] if "loss" in e]
     assert (tmp_path / "parts" / "eval.json").exists()
 
