@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes, nms
+from torchvision.transforms.v2.functional import resize
 
 from data import eval_transform, read_image
 from eval import positive, run_program
@@ -75,29 +76,26 @@ def bar_chart(models):
 
 
 @torch.inference_mode()
-def detections_of_queries(model, image, count, device):
-    """What the best `count` queries of the last layer are at every layer, from 0 on.
+def detections_of_queries(model, image, count, device, size=None):
+    """What the best `count` queries of the last layer are at every layer, from 0 on; of those on one object, the best.
 
-    image (3, H, W) uint8 RGB. Returns their indices (count,) int64, best first, and a list with, per layer, {scores,
-    labels, boxes, masks} of `postprocess` in the order of the indices, on the CPU.
+    image (3, H, W) uint8 RGB; size: (H, W) of the results, by default the image's. Returns the queries' indices
+    (count,) int64, best first, and a list with, per layer, {scores, labels, boxes, masks} of `postprocess` in that
+    order, on the CPU. There are fewer than `count` where there are no more objects.
     """
     resized = eval_transform(*model.config.test_size)(image).to(device)
     outputs = model([resized], all_layers=True)
-    layers = [*outputs["aux_outputs"], outputs]
-    sizes = [resized.shape[1:]], [image.shape[1:]]
+    sizes = [resized.shape[1:]], [size or image.shape[1:]]
 
-    def detection(layer, query):  # the best class of one query
-        one = {name: layer[name][:, [query]] for name in ("pred_logits", "pred_boxes", "pred_masks")}
-        return postprocess(one, *sizes, topk=1)[0]
+    def detections(layer, queries):  # the best class of each query
+        parts = ({name: layer[name][:, [q]] for name in ("pred_logits", "pred_boxes", "pred_masks")} for q in queries)
+        single = [postprocess(part, *sizes, topk=1)[0] for part in parts]
+        return {name: torch.cat([one[name] for one in single]).cpu() for name in single[0]}
 
-    candidates = outputs["pred_logits"][0].amax(-1).topk(min(4 * count, outputs["pred_logits"].shape[1])).indices
-    scores = torch.cat([detection(outputs, query)["scores"] for query in candidates])
-    queries = candidates[scores.argsort(descending=True)[:count]]
-    found = []
-    for layer in layers:
-        single = [detection(layer, query) for query in queries]
-        found.append({name: torch.cat([one[name] for one in single]).cpu() for name in single[0]})
-    return queries.cpu(), found
+    candidates = outputs["pred_logits"][0].amax(-1).topk(min(10 * count, outputs["pred_logits"].shape[1])).indices.cpu()
+    found = detections(outputs, candidates)
+    queries = candidates[nms(found["boxes"], found["scores"], 0.5)[:count]]
+    return queries, [detections(layer, queries) for layer in (*outputs["aux_outputs"], outputs)]
 
 
 def box_mask_agreement(detections):
@@ -114,32 +112,29 @@ def query_sheet(models, images, count, layers, device):
     """
     from matplotlib.figure import Figure
 
-    columns = len(models) * len(layers)
-    width = 3.4
-    heights = [width * image.shape[1] / image.shape[2] + 0.35 for _, image in images]
+    columns, width = len(models) * len(layers), 4.5
+    heights = [width * image.shape[1] / image.shape[2] + 0.5 for _, image in images]
     figure = Figure(figsize=(width * columns, sum(heights) + 0.4), layout="constrained")
     grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
     for row, (image_name, image) in zip(grid, images, strict=True):
         cells = iter(row)
+        scale = min(1, 640 / max(image.shape[1:]))  # so that lines and names keep their size
+        size = [round(side * scale) for side in image.shape[1:]]
+        small = resize(image, size)
         for name, model, classes in models:
-            queries, found = detections_of_queries(model, image, count, device)
+            queries, found = detections_of_queries(model, image, count, device, size)
             for layer in layers:
                 detections, number = found[layer], layer % len(found)
-                labels = [
-                    f"{classes[label]} {query}" for label, query in zip(found[-1]["labels"], queries, strict=True)
-                ]
+                best = zip(found[-1]["labels"].tolist(), queries.tolist(), strict=True)
+                names = [f"{classes[label]} {query}" for label, query in best]
                 # A label for each query, so that it has the same colour in each layer.
-                shown = {
-                    "labels": torch.arange(len(queries)),
-                    "boxes": detections["boxes"],
-                    "masks": detections["masks"],
-                }
+                shown = {"labels": torch.arange(len(queries))} | {k: detections[k] for k in ("boxes", "masks")}
                 axes = next(cells)
-                axes.imshow(draw_instances(image, shown, labels).permute(1, 2, 0).numpy())
+                axes.imshow(draw_instances(small, shown, names).permute(1, 2, 0).numpy())
                 axes.set_axis_off()
                 what = "layer 0 (input)" if number == 0 else f"layer {number}" + " (last)" * (number == len(found) - 1)
                 title = f"{name}, {what}\nIoU of boxes and masks' boxes {box_mask_agreement(detections):.2f}"
-                axes.set_title(title, fontsize=9)
+                axes.set_title(title, fontsize=10)
         row[0].annotate(image_name, (0, 0.5), (-4, 0), "axes fraction", "offset points", rotation=90, va="center",
                         ha="right", fontsize=8)  # fmt: skip
     return figure
@@ -192,8 +187,8 @@ def token_sheet(models, images, device):
     rows = [(name, image, model_name, selected_tokens(model, image, device))
             for name, image in images for model_name, model, _ in models]  # fmt: skip
     columns, width = 1 + max(len(found) for *_, found in rows), 4.0
-    heights = [width * image.shape[1] / image.shape[2] + 0.3 for _, image, _, _ in rows]
-    figure = Figure(figsize=(width * columns, sum(heights) + 0.5), layout="constrained")
+    heights = [width * image.shape[1] / image.shape[2] + 0.6 for _, image, _, _ in rows]
+    figure = Figure(figsize=(width * columns, sum(heights) + 0.6), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for panels, (name, image, model_name, found) in zip(grid, rows, strict=True):
         pixels = image.permute(1, 2, 0).numpy()
@@ -284,7 +279,7 @@ def main():
                     raise InputError(f"--layers {layer}: the models have layers 0 to {fewest}, -1 is the last")
             figure = query_sheet(models, images, args.queries, args.layers, device)
     try:
-        figure.savefig(args.output, dpi=110)
+        figure.savefig(args.output, dpi=130)
     except (ValueError, OSError) as error:
         raise InputError(f"{args.output}: cannot be written ({error})") from None
     print(f"written: {args.output}")

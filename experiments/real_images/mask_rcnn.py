@@ -127,7 +127,7 @@ class Run:
         self.total = math.ceil(args.epochs * len(self.train_set) / args.batch_size)
         torch.manual_seed(args.seed)
         self.model = build_mask_rcnn(len(self.train_set.classes), args.samples)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=True)
         self.iteration, self.seconds = 0, 0.0  # seconds of training, without evaluations
         self.output.mkdir(parents=True, exist_ok=True)
         if (self.output / "checkpoint.pt").exists():
