@@ -6,7 +6,7 @@ from torch import nn
 
 from attention import FeedForward, sine_position, xavier_matrices_
 from di import gather_tokens, select
-from encoder import tokens_to_map
+from encoder import Features, tokens_to_map
 
 
 class BATO(nn.Module):
@@ -24,25 +24,25 @@ class BATO(nn.Module):
         xavier_matrices_(self.ffn)
         nn.init.kaiming_uniform_(self.pixel_output[0].weight, a=1)
 
-    def forward(self, q_bal, boxes, t_i, level_shapes, pixel_features, heads, decoder):
-        """q_bal (B, Q, C) and its refined boxes (B, Q, 4); t_i (B, S, C); pixel_features F (B, C, H/4, W/4).
+    def forward(self, queries, features, heads, query_pos):
+        """queries: `Queries` with Q_bal and the boxes that its layer refined; features: `Features` with T_i and F.
 
-        With `guidance` other than "q_bal" (Table 5), the tokens of that stage and their boxes take the place of q_bal.
-
-        heads, decoder: the model's own; their mask head and position MLP are the networks of Eq. 5 and 6.
-        Returns T_bal (B, S, C), the refined pixel features F', and the guiding queries' indices (B, min(50, Q)).
+        heads, query_pos: the model's prediction heads and the decoder's position MLP; they are the networks of Eq. 5
+        and 6. With `guidance` other than "q_bal" (Table 5) the tokens of that stage come in the place of Q_bal.
+        Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
         """
-        best, guiding = select(q_bal, heads.class_head(q_bal), self.num_guiding)
+        t_i, level_shapes, pixels = features
+        best, guiding = select(queries.content, heads.scores(queries.content), self.num_guiding)
         t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
-        t_g_box = decoder.query_pos(gather_tokens(boxes.detach(), guiding))  # Eq. 6
+        t_g_box = query_pos(gather_tokens(queries.boxes.detach(), guiding))  # Eq. 6
         t_g = t_g_mask + t_g_box  # Eq. 7
         if not self.gtg:  # Table 6: without guiding token generation the queries are key and value
             t_g = t_g_mask = best
 
-        position = torch.cat([sine_position(*shape, t_i.shape[-1], t_i) for shape in level_shapes])
+        position = torch.cat([sine_position(*shape, t_i.shape[-1], self.norm.weight) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
         t_bal = self.ffn(self.norm(t_i + attended))  # Eq. 8
 
         finest = tokens_to_map(t_bal, level_shapes, -1)  # C3's part
-        finest = F.interpolate(finest, size=pixel_features.shape[-2:], mode="bilinear", align_corners=False)
-        return t_bal, self.pixel_output(pixel_features + finest), guiding
+        finest = F.interpolate(finest, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+        return Features(t_bal, level_shapes, self.pixel_output(pixels + finest)), guiding

@@ -13,8 +13,10 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed
-from data import BDD100K_CLASSES
-from model import PRESETS, Config, DIMaskDINO, InputError, read_checkpoint, save_checkpoint
+from bdd100k import BDD100K_CLASSES
+from checkpoint import read_checkpoint, save_checkpoint
+from config import PRESETS, Config, InputError
+from model import DIMaskDINO
 
 # Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
 ENCODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
@@ -38,20 +40,20 @@ NAMES += [
 NAMES += [
     (ours, PREDICTOR + released)
     for ours, released in [
-        ("candidates.linear.", "enc_output."),
-        ("candidates.norm.", "enc_output_norm."),
-        ("label_embedding.", "label_enc."),
+        ("di.candidates.linear.", "enc_output."),
+        ("di.candidates.norm.", "enc_output_norm."),
+        ("denoising.label_embedding.", "label_enc."),
         ("heads.class_head.", "class_embed."),
         ("heads.mask_head.", "mask_embed."),
         ("heads.box_head.", "_bbox_embed."),
         ("heads.norm.", "decoder_norm."),
-        ("interactions.0.norm.", "oldm_norm."),
-        ("interactions.0.box_head.", "_oldm_bbox_embed."),
-        ("interactions.0.query_pos.", "oldm.ref_point_head."),
-        ("interactions.0.layers.#.self_attn.", "oldm.layers.#.self_attn."),
-        ("interactions.0.layers.#.norm.", "oldm.layers.#.norm1."),
-        ("interactions.0.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
-        ("interactions.0.layers.#.ffn.linear", "oldm.layers.#.linear"),
+        ("di.interactions.0.norm.", "oldm_norm."),
+        ("di.interactions.0.box_head.", "_oldm_bbox_embed."),
+        ("di.interactions.0.query_pos.", "oldm.ref_point_head."),
+        ("di.interactions.0.layers.#.self_attn.", "oldm.layers.#.self_attn."),
+        ("di.interactions.0.layers.#.norm.", "oldm.layers.#.norm1."),
+        ("di.interactions.0.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
+        ("di.interactions.0.layers.#.ffn.linear", "oldm.layers.#.linear"),
         ("bato.cross_attn.", "query_guide_feature_update.multihead_attn."),
         ("bato.norm.", "query_guide_feature_update.norm1."),
         ("bato.ffn.norm.", "query_guide_feature_update.norm2."),
@@ -79,7 +81,7 @@ def copies(config):
     """[(start of another name, start of the first)] of the modules that the released code saves several times."""
     pairs = [("decoder.norm.", "decoder_norm.")]
     pairs += [(f"{at}bbox_embed.{i}.", "_bbox_embed.") for at in ("", "decoder.") for i in range(config.decoder_layers)]
-    if len(config.stages) > 1:
+    if len(config.selections) > 1:
         pairs += [("oldm.norm.", "oldm_norm."), ("oldm.class_embed.", "class_embed.")]
         layers = range(config.interaction_layers)
         pairs += [(f"oldm{dot}bbox_embed.{i}.", "_oldm_bbox_embed.") for dot in "_." for i in layers]
@@ -168,7 +170,7 @@ def released_state_dict(state, config):
 
     Raises ConversionError for an architecture that the released code does not have, and for entries that do not fit it.
     """
-    if len(config.stages) > 2:
+    if len(config.selections) > 2:
         raise ConversionError(f"the released code has no model with selections {config.selections}")
     names, shapes = released_names(config)
     if problems := mismatches(state, shapes):
@@ -177,8 +179,8 @@ def released_state_dict(state, config):
     # What shapes show is right in it; the rest has to be as in a released model.
     known = read_config(released)
     fields = "backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "bato", "box_init", "gtg"
-    ours = {field: (getattr(config, field), getattr(known, field)) for field in (*fields, "position_tokens")}
-    ours["selections"] = config.stages, known.stages
+    fields = *fields, "position_tokens", "selections"
+    ours = {field: (getattr(config, field), getattr(known, field)) for field in fields}
     if different := [f"{field} {value}" for field, (value, theirs) in ours.items() if value != theirs]:
         raise ConversionError(f"the released code has no model with {', '.join(different)}")
     return released

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, MSDeformAttn, inverse_sigmoid, sine_box, xavier_matrices_
+from attention import MLP, FeedForward, MSDeformAttn, in_full_precision, inverse_sigmoid, sine_box, xavier_matrices_
+from di import Queries
 
 
 class PredictionHeads(nn.Module):
@@ -23,6 +24,10 @@ class PredictionHeads(nn.Module):
         if config.class_prior is not None:
             nn.init.constant_(self.class_head.bias, math.log(config.class_prior / (1 - config.class_prior)))
 
+    def scores(self, x):
+        """Class logits (B, S, classes) of tokens x (B, S, C) that decide a selection, never in half precision."""
+        return in_full_precision(self.class_head, x)
+
     def masks(self, x, pixel_features):
         """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
         return torch.einsum("bqc,bchw->bqhw", self.mask_head(self.norm(x)), pixel_features)
@@ -37,7 +42,7 @@ class PredictionHeads(nn.Module):
 
     def refine(self, x, boxes):
         """Reference boxes (B, Q, 4) of the next layer: of a layer's output x (B, Q, C) and its own reference boxes."""
-        return (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
+        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
 
     def predict_layer(self, x, boxes, pixel_features):
         """Predictions of a decoder layer: x its output, boxes those that the layer before it gave, with their gradient
@@ -81,6 +86,14 @@ class Decoder(nn.Module):
         """Position tokens (B, Q, C) of boxes (B, Q, 4)."""
         return self.position_mlp(sine_box(boxes, self.position_mlp.layers[-1].out_features))
 
-    def forward(self, layer, x, boxes, tokens, level_shapes, attn_mask):
-        """One layer by its number, from 0: queries x (B, Q, C) with reference boxes (B, Q, 4) -> queries (B, Q, C)."""
-        return self.layers[layer](x, self.query_pos(boxes), boxes, tokens, level_shapes, attn_mask)
+    def forward(self, number, queries, features, heads, attn_mask=None):
+        """One layer by its number, from 0: `Queries` (B, Q, ...) -> `Queries` with its output and its refined boxes.
+
+        Layer 0 is Eq. 4 and gives Q_bal, the others Eq. 9; their reference boxes have no gradient, those of layer 0,
+        which come from DI, have theirs. attn_mask (Q, Q) bool, True where hidden, or None.
+        """
+        content, boxes = queries
+        boxes = boxes if number == 0 else boxes.detach()
+        layer = self.layers[number]
+        content = layer(content, self.query_pos(boxes), boxes, features.tokens, features.level_shapes, attn_mask)
+        return Queries(content, heads.refine(content, boxes))

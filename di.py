@@ -1,14 +1,24 @@
-"""De-Imbalance (Sec. 3.2.2): the selection operator, the tokens it scores, and the interaction between tokens.
+"""De-Imbalance (Sec. 3.2.2): the selections, the tokens that the first one scores, and the interaction between tokens.
 
 The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`): in the released model it is its
 cross-attention from the selected tokens T_s2 to the initial tokens T_i.
 """
 
+from copy import deepcopy
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, inverse_sigmoid, sine_box, xavier_matrices_
+from attention import MLP, FeedForward, full_precision, in_full_precision, inverse_sigmoid, sine_box
 from encoder import cell_centres
+
+
+class Queries(NamedTuple):
+    """What DI makes, and the decoder refines layer by layer."""
+
+    content: torch.Tensor  # (B, Q, C)
+    boxes: torch.Tensor  # (B, Q, 4) reference boxes, cxcywh in [0, 1] relative to the padded batch
 
 
 def gather_tokens(x, indices):
@@ -23,7 +33,10 @@ def select(tokens, class_logits, k):
     Returns the selected tokens (B, min(k, S), C) and their indices, int64 (B, min(k, S)).
     """
     scores = class_logits.amax(-1)
-    indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the earlier of equal ones
+        indices = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    else:
+        indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return gather_tokens(tokens, indices), indices
 
 
@@ -47,23 +60,21 @@ class CandidateTokens(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, t_i, level_shapes):
         """t_i (B, S, C), levels coarse to fine. Returns tokens (B, S, C) and candidate box logits (S, 4)."""
-        proposals, valid = candidate_boxes(level_shapes, t_i)
+        proposals, valid = candidate_boxes(level_shapes, self.linear.weight)
         return self.norm(self.linear(t_i * valid)), proposals
 
 
 def boxes_from_masks(mask_logits, box_init="mask"):
     """Boxes around the pixels with a positive logit; no gradient.
 
-    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H. With box_init "mask" a box reaches from
-    the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with "bitmask" it reaches to the last
-    index + 1, and an empty mask gives (0, 0, 0, 0).
+    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H, of half-precision masks in float32. With
+    box_init "mask" a box reaches from the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with
+    "bitmask" it reaches to the last index + 1, and an empty mask gives (0, 0, 0, 0).
     """
-    masks = mask_logits.detach() > 0
+    masks, dtype = mask_logits.detach() > 0, full_precision(mask_logits[:0]).dtype
     H, W = masks.shape[-2:]
     extremes = []
     for line, size in ((masks.any(-2), W), (masks.any(-1), H)):  # (B, Q, W) columns, (B, Q, H) rows
@@ -74,7 +85,7 @@ def boxes_from_masks(mask_logits, box_init="mask"):
             first = torch.minimum(first, last)  # empty: 0 and 0
         else:
             last = torch.maximum(first, torch.where(line, index, 0).amax(-1))  # empty: size and size
-        extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(mask_logits.dtype) / (2 * size))
+        extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
     return torch.stack(extremes, -2).flatten(-2)[..., [0, 2, 1, 3]]  # (cx, w, cy, h) -> (cx, cy, w, h)
 
 
@@ -99,28 +110,89 @@ class TokenInteraction(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_dim
-        self.layers = nn.ModuleList(InteractionLayer(config) for _ in range(config.interaction_layers))
+        layer = InteractionLayer(config)
+        self.layers = nn.ModuleList(deepcopy(layer) for _ in range(config.interaction_layers))  # as released
         self.query_pos = MLP(2 * C, C, C, 2)
         self.box_head = MLP(C, C, 4, 3)  # shared by the layers
         self.norm = nn.LayerNorm(C)
-        xavier_matrices_(self.layers)
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
-    def forward(self, t_s1, boxes):
-        """t_s1 (B, k1, C), boxes (B, k1, 4) cxcywh. Returns per layer the tokens and the refined boxes, same shapes."""
-        states, x = [], t_s1
+    def forward(self, queries):
+        """The selected tokens as `Queries` (B, k1, ...). Returns them after every layer, a list."""
+        states, (x, boxes) = [], queries
         for layer in self.layers:
             boxes = boxes.detach()
             x = layer(x, self.query_pos(sine_box(boxes, x.shape[-1])))
-            boxes = (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
-            states.append((x, boxes))
+            boxes = self.refine(x, boxes)
+            states.append(Queries(x, boxes))
         return states
 
-    def predict(self, x, boxes, heads):
-        """Auxiliary predictions on one layer's tokens and boxes, for its loss; the box head is applied once more."""
-        x = self.norm(x)
+    def refine(self, x, boxes):
+        """Boxes (B, k1, 4) that the box head makes of a layer's output x (B, k1, C) and of its boxes."""
+        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
+
+    def select(self, queries, heads, k):
+        """T_s2 = S(T_s1^sa, k2), Eq. 3: the best k of the last layer's tokens, as `Queries`, and their indices."""
+        t_s1_sa, boxes = queries
+        t_s2, indices = select(t_s1_sa, heads.scores(self.norm(t_s1_sa)), k)
+        return Queries(t_s2, inverse_sigmoid(gather_tokens(boxes, indices)).sigmoid()), indices
+
+    def predict(self, queries, heads):
+        """Auxiliary predictions of one layer, for its loss; the box head is applied once more."""
+        x = self.norm(queries.content)
         return {
             "pred_logits": heads.class_head(heads.norm(x)),
-            "pred_boxes": (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid(),
+            "pred_boxes": self.refine(x, queries.boxes),
         }
+
+
+class DeImbalance(nn.Module):
+    """Residual double-selection: T_i -> T_s1 (Eq. 1) -> T_s1^sa (Eq. 2) -> T_s2 (Eq. 3), with predictions of each."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes, self.box_init, self.guidance = config.selections, config.box_init, config.guidance
+        self.candidates = CandidateTokens(config)
+        self.interactions = nn.ModuleList(TokenInteraction(config) for _ in self.sizes[1:])
+        self.position_tokens = nn.Embedding(self.sizes[-1], 4) if config.position_tokens == "random" else None
+
+    def forward(self, features, heads, every=False):
+        """features: `Features` with T_i; heads: the model's own; every: with the predictions that have a loss.
+
+        Returns T_s2 as `Queries` and {selection: {first, second, ...: (B, k) int64, each among the tokens before it}};
+        with `every` also interm_outputs, the predictions of the first selection, and di_outputs, a list with class and
+        box of every interaction layer.
+        """
+        queries, outputs = self.first_selection(features, heads, every)
+        for number, (interaction, k) in enumerate(zip(self.interactions, self.sizes[1:], strict=True), start=2):
+            states = interaction(queries)  # Eq. 2: T_s1^sa
+            if every:
+                predictions = [interaction.predict(state, heads) for state in states]
+                outputs["di_outputs"] = outputs.get("di_outputs", []) + predictions
+            name = {2: "second", 3: "third"}.get(number, f"{number}th")
+            queries, outputs["selection"][name] = interaction.select(states[-1], heads, k)  # Eq. 3: T_s2
+        return self.ablated(queries, features.tokens, outputs["selection"]["first"]), outputs
+
+    def first_selection(self, features, heads, every):
+        """T_s1 = S(T_i, k1), Eq. 1, as `Queries` without gradient, and the outputs so far."""
+        tokens, proposals = self.candidates(features.tokens, features.level_shapes)
+        t_s1, first = select(tokens, heads.scores(tokens), self.sizes[0])  # Eq. 1
+        boxes = (in_full_precision(heads.box_head, t_s1) + proposals[first]).sigmoid()
+        outputs, masks = {"selection": {"first": first}}, None
+        if every:
+            outputs["interm_outputs"] = heads(t_s1, boxes, features.pixels)
+            masks = outputs["interm_outputs"]["pred_masks"]
+        if self.box_init != "head":
+            masks = heads.masks(t_s1, features.pixels) if masks is None else masks
+            boxes = boxes_from_masks(masks, self.box_init)
+        return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), outputs
+
+    def ablated(self, queries, t_i, first):
+        """The decoder's input under the settings of Tables 3 and 5: other boxes, other tokens."""
+        content, boxes = queries
+        if self.guidance == "t_i":
+            content = gather_tokens(t_i, first).detach()
+        if self.position_tokens:
+            boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(len(content), -1, -1)
+        return Queries(content, boxes)

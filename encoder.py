@@ -1,10 +1,20 @@
 """Feature tokens extractor (Sec. 3.2.1): the deformable encoder that gives T_i, and the pixel features F for masks."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, MSDeformAttn, sine_position, xavier_matrices_
+from attention import FeedForward, MSDeformAttn, sine_position, sizes_of, xavier_matrices_
+
+
+class Features(NamedTuple):
+    """What DI, BATO and the decoder see of the images; made by the encoder, and made anew by BATO."""
+
+    tokens: torch.Tensor  # T_i or T_bal (B, S, C): levels from coarse (C6) to fine (C3 or C2), each row-major
+    level_shapes: list[tuple[int, int]]  # [(H, W), ...] of the levels in this order
+    pixels: torch.Tensor  # F or F' (B, C, H/4, W/4), for masks
 
 
 def tokens_to_map(tokens, level_shapes, level):
@@ -33,9 +43,9 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.encoder_feedforward_dim)
 
-    def forward(self, tokens, position, centres, level_shapes):
-        """tokens (B, S, C), position (S, C), centres (S, 2). Returns tokens (B, S, C)."""
-        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes)
+    def forward(self, tokens, position, centres, level_shapes, level_sizes):
+        """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
+        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
         return self.ffn(self.norm(tokens + attended))
 
 
@@ -63,27 +73,22 @@ class Encoder(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         nn.init.zeros_(self.pixel_proj.bias)
 
-    def forward(self, features):
-        """features: [C2, C3, C4, C5].
-
-        Returns T_i (B, S, C), levels from coarse (C6) to fine (C3 or C2), each row-major; the level shapes
-        [(H, W), ...] in this order; the pixel features F (B, C, H/4, W/4).
-        """
-        c2 = features[0]
-        maps = features[1 - len(self.input_proj) :] + features[-1:]  # C5 twice, since C6 comes from it
+    def forward(self, maps):
+        """maps: [C2, C3, C4, C5]. Returns the `Features` with T_i and F."""
+        c2 = maps[0]
+        maps = maps[1 - len(self.input_proj) :] + maps[-1:]  # C5 twice, since C6 comes from it
         maps = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
-        position = torch.cat(
-            [sine_position(*s, tokens.shape[-1], tokens) + e for s, e in zip(shapes, self.level_embed, strict=True)]
-        )
-        centres = cell_centres(shapes, tokens)
+        like = self.level_embed  # positions are in the dtype of the parameters, also under autocast
+        position = torch.cat([sine_position(*s, like.shape[1], like) + e for s, e in zip(shapes, like, strict=True)])
+        centres, sizes = cell_centres(shapes, like), sizes_of(shapes, like)
         for layer in self.layers:
-            tokens = layer(tokens, position, centres, shapes)
+            tokens = layer(tokens, position, centres, shapes, sizes)
 
         finest = tokens_to_map(tokens, shapes, 0)
         finest = F.interpolate(finest, size=c2.shape[-2:], mode="bilinear", align_corners=False)
         pixel_features = self.pixel_proj(self.output(self.lateral(c2) + finest))
 
         t_i = torch.cat(tokens.split([h * w for h, w in shapes], dim=1)[::-1], 1)  # coarse to fine from here on
-        return t_i, shapes[::-1], pixel_features
+        return Features(t_i, shapes[::-1], pixel_features)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -18,91 +17,13 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from data import (
-    CocoInstances,
-    DataError,
-    bdd100k_paths,
-    coco_paths,
-    collate,
-    eval_transform,
-    make_shapes,
-    read_bdd100k,
-)
-from model import InputError, choose_device, load_model, postprocess
+from checkpoint import load_model
+from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+from config import InputError
+from data import collate, eval_transform
+from model import postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
-
-
-def add_data_arguments(parser):
-    """The flags that name the data, the same in every program."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        choices=["shapes", "shapes-hard", "coco", "bdd100k"],
-        default="shapes",
-        help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
-        "(default: shapes)",
-    )
-    group.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: runs/ + "
-        "its name)",
-    )
-    for split in ("train", "val"):
-        group.add_argument(
-            f"--{split}-json",
-            metavar="FILE",
-            help=f"annotation file of the {split} images, instead of the one in --data-root",
-        )
-        group.add_argument(
-            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images, instead of the one in --data-root"
-        )
-    group.add_argument(
-        "--workers",
-        type=count,
-        default=min(4, (os.cpu_count() or 2) // 2),
-        help="processes that load the data (default: half the cores, at most 4)",
-    )
-
-
-def count(text):
-    """An argparse type: an integer, 0 or more."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return int(text)
-
-
-def positive(text):
-    """An argparse type: an integer, 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
-
-
-def open_split(args, split, transform):
-    """The data set that the flags name, split "train" or "val". Raises DataError."""
-    annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-    if bool(annotation_file) != bool(image_dir):
-        raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
-    if not annotation_file:
-        if args.data in ("shapes", "shapes-hard"):
-            args.data_root = args.data_root or f"runs/{args.data}"
-            make_shapes(args.data_root, hard=args.data == "shapes-hard")
-        elif not args.data_root:
-            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
-        if args.data == "bdd100k":
-            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
-        annotation_file, image_dir = coco_paths(args.data_root, split)
-    return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
-
-
-def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1."""
-    try:
-        main()
-    except (DataError, InputError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def coco_results(detections, image_id, category_ids):
@@ -140,15 +61,6 @@ def average_precision(coco, results, image_ids):
             m: None if s < 0 else 100 * float(s) for m, s in zip(METRICS, evaluation.stats[:6], strict=True)
         }
     return scores
-
-
-def gather(value):
-    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @torch.inference_mode()

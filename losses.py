@@ -60,7 +60,7 @@ class SetCriterion(nn.Module):
         layers = ["", *(f"_{i}" for i in range(config.decoder_layers))]
         suffixes = [*layers, *(f"_dn{layer}" for layer in layers), "_interm"]
         self.weights = {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
-        for layer in range(config.interaction_layers * (len(config.stages) - 1)):
+        for layer in range(config.interaction_layers * (len(config.selections) - 1)):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
     def losses(self, outputs, instances, pairs, num_instances):

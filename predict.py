@@ -10,9 +10,12 @@ from PIL import Image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
-from data import DataError, eval_transform, read_image
-from eval import coco_results, run_program
-from model import choose_device, load_model, postprocess
+from checkpoint import load_model
+from cli import choose_device, run_program
+from data import eval_transform
+from eval import coco_results
+from images import DataError, read_image
+from model import postprocess
 
 # Colours that differ from each other and from most of what photographs show; instances take them in turn.
 COLOURS = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4"]

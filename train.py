@@ -12,32 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbone import SWINS, load_backbone_weights
-from data import DataError, collate, eval_transform, train_transform
-from eval import add_data_arguments, evaluate, gather, open_split, percent, positive, run_program
+from checkpoint import check_config, link, load_starting_point, newest_checkpoint, save_checkpoint
+from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+from config import PRESETS, InputError, add_config_arguments, config_from
+from data import SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from eval import evaluate, percent
+from images import DataError
 from losses import SetCriterion
-from model import (
-    BOX_INIT,
-    GUIDANCE,
-    POSITION_TOKENS,
-    PRESETS,
-    DIMaskDINO,
-    InputError,
-    check_config,
-    choose_device,
-    link,
-    read_checkpoint,
-    save_checkpoint,
-)
+from model import DIMaskDINO
 from predict import draw_instances, predict, save_png
 
 # The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
@@ -95,9 +84,14 @@ def parse_arguments(argv=None):
     add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
     add("--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default 1)")
     add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
+    add(
+        "--no-augmentation",
+        dest="augment",
+        action="store_false",
+        help="train on the images as the evaluation sees them: to see whether a model can learn its training images",
+    )
     add("--save-every", type=positive, default=1000, metavar="ITERATIONS", help="and at epochs' ends (default: 1000)")
 
-    add = parser.add_argument_group("memory and precision").add_argument
     add(
         "--precision",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -105,49 +99,8 @@ def parse_arguments(argv=None):
         help="of the model's activations (default: auto, bfloat16 on a GPU that has it, float16 on others, float32 on "
         "the CPU); matching and losses are in float32",
     )
-    add("--grad-checkpoint", action="store_true", help="save memory: compute the layers twice instead of storing them")
-
-    add = parser.add_argument_group("images; the default is the preset's").add_argument
-    add("--train-size", type=positive, help="side of the training crops in pixels")
-    add("--train-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="range of the scale jitter before the crop")
-    add("--test-size", type=positive, nargs=2, metavar=("SHORTER", "LONGER"), help="shorter side, longer side at most")
-    add(
-        "--no-augmentation",
-        dest="augment",
-        action="store_false",
-        help="train on the images as the evaluation sees them: to see whether a model can learn its training images",
-    )
-    add("--loss-points", type=positive, metavar="N", help="points sampled per mask; more for larger training crops")
-
-    add = parser.add_argument_group("ablations of the paper, Tables 3-9; the default is the preset's").add_argument
-    add("--no-di", dest="di", action="store_false", default=None, help="without De-Imbalance")
-    add("--no-bato", dest="bato", action="store_false", default=None, help="without BATO")
-    add("--guidance", choices=GUIDANCE, help="tokens that guide BATO; the pipeline is cut behind them")
-    add("--no-gtg", dest="gtg", action="store_false", default=None, help="the queries themselves guide BATO")
-    add("--selections", type=selections, metavar="N,...", help="sizes of the selections, e.g. 600,300")
-    add("--decoder-layers", type=positive, metavar="N", help="layers of the decoder")
-    add("--box-loss-scale", type=float, metavar="F", help="factor on the weights of the box losses")
-    add("--position-tokens", choices=POSITION_TOKENS, help="where the boxes that enter the decoder come from")
-    add("--box-init", choices=BOX_INIT, help="not in the paper: where the boxes of the first selection come from")
+    add_config_arguments(parser)
     return parser.parse_args(argv)
-
-
-def selections(text):
-    """Sizes, "600,300" -> (600, 300), for argparse."""
-    return tuple(positive(size) for size in text.split(","))
-
-
-CONFIG_FLAGS = (
-    "train_size", "train_scale", "test_size", "di", "bato", "guidance", "gtg", "selections", "decoder_layers",
-    "box_loss_scale", "position_tokens", "box_init", "loss_points",
-)  # fmt: skip
-
-
-def make_config(args):
-    """The Config of the preset with the flags that are given."""
-    given = {name: getattr(args, name) for name in CONFIG_FLAGS if getattr(args, name) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(PRESETS[args.preset], grad_checkpoint=args.grad_checkpoint, **given)
 
 
 def plan(args, num_images):
@@ -203,52 +156,6 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Randomness: all of it follows from the seed and the position in training, so that a resumed run repeats nothing
-
-
-def seed_of(*numbers):
-    """A 32-bit seed from integers, as different for neighbouring ones as for distant ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class TrainSampler(Sampler):
-    """Endless batches of (image, seed of its augmentation) for one process.
-
-    The epochs' permutations, one behind the other, are cut into batches of `batch_size`, of which process `rank` of
-    `world` takes its share; so a batch is of the same images whatever the number of processes. `start`: images seen.
-    """
-
-    def __init__(self, num_images, batch_size, seed, start=0, rank=0, world=1):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.rank, self.world = start, rank, world
-
-    def __iter__(self):
-        orders = {}  # epoch -> permutation
-        for first in range(self.start, sys.maxsize, self.batch_size):
-            batch = []
-            for position in range(first + self.rank, first + self.batch_size, self.world):
-                epoch, place = divmod(position, self.num_images)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
-                    orders = {epoch: torch.randperm(self.num_images, generator=generator).tolist()}
-                batch.append((orders[epoch][place], seed_of(self.seed, 1, position)))
-            yield batch
-
-
-class SeededDataset(Dataset):
-    """A data set whose items are asked for by (index, seed of the augmentation), in whichever loader process."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key):
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.dataset[index]
-
-
 def quiet_worker(_):
     """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
 
@@ -256,67 +163,6 @@ def quiet_worker(_):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Starting points and checkpoints
-
-
-def load_starting_point(model, args, classes):
-    """Backbone weights or the weights of --init. Returns lines to print. Raises InputError."""
-    if args.init:
-        return load_init(model, args.init, classes)
-    name, source = model.config.backbone, args.backbone_weights
-    if source == "none" or (source is None and not model.config.frozen_batch_norm):
-        return ["the backbone starts from random weights"]
-    if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
-        raise InputError(
-            f"--backbone-weights is needed for {name}: give Microsoft's file, for swin_l_384 "
-            "swin_large_patch4_window12_384_22k.pth, or none to start from random weights"
-        )
-    try:
-        source = source or str(torchvision.models.get_model_weights(name).IMAGENET1K_V1)
-        load_backbone_weights(model.backbone, source, args.trust_pickle)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{error} (or --backbone-weights none, to start from random weights)") from None
-    return [f"the backbone starts from {source}"]
-
-
-def load_init(model, path, classes):
-    """Load what fits of a checkpoint; what belongs to classes is loaded only if they are the same. Returns lines."""
-    checkpoint = read_checkpoint(path)
-    state = model.state_dict()
-    of_classes = {name for name in state if name.startswith(("heads.class_head.", "label_embedding."))}
-    found = {
-        name: value
-        for name, value in checkpoint["model"].items()
-        if name in state
-        and value.shape == state[name].shape
-        and (name not in of_classes or checkpoint["classes"] == classes)
-    }
-    if not found:
-        raise InputError(f"{path}: nothing in it fits this model; give a checkpoint of a similar preset")
-    model.load_state_dict(found, strict=False)
-    kept = [name for name in state if name not in found]
-    unused = [name for name in checkpoint["model"] if name not in state]
-    return [
-        f"{path}: {len(found)} of {len(state)} entries loaded",
-        f"  start anew, as they are for other classes, of another shape or not in it: {', '.join(kept) or 'none'}",
-        f"  in it but not in this model: {', '.join(unused) or 'none'}",
-    ]
-
-
-def newest_checkpoint(output):
-    """The newest checkpoint in a folder that can be read, or None where there is none. Raises InputError."""
-    paths = [output / name for name in ("checkpoint.pt", "previous.pt") if (output / name).exists()]
-    for path in paths:
-        try:
-            return path, read_checkpoint(path)
-        except InputError as error:
-            if path == paths[-1]:
-                raise
-            print(f"train.py: {error}; trying the one before it", file=sys.stderr)
-    return None
 
 
 def read_log(path, iteration):
@@ -332,10 +178,6 @@ def read_log(path, iteration):
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     os.replace(temporary, path)
     return entries
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
 
 
 def to_device(batch, device):
@@ -364,21 +206,20 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     whether any process is `stopping`.
     """
     counts = [len(target["labels"]) for _, targets in batches for target in targets]
-    everywhere = gather((sum(counts), max(counts), stopping))
-    num_instances = max(1.0, sum(count for count, _, _ in everywhere) / len(everywhere))
-    max_instances = max(largest for _, largest, _ in everywhere)
+    everywhere = gather((sum(counts), stopping))
+    num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
         waits = isinstance(model, DistributedDataParallel) and number < len(batches)
         with model.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(images[0].device.type, autocast, enabled=autocast is not None):
-                outputs = model(images, targets, max_instances=max_instances)
+                outputs = model(images, targets)
             terms = criterion(outputs, targets, num_instances)
             loss = sum(criterion.weights[name] * term for name, term in terms.items())
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-    return sums, any(stop for _, _, stop in everywhere)
+    return sums, any(stop for _, stop in everywhere)
 
 
 def save_picture(model, dataset, device, path, count=6):
@@ -404,7 +245,7 @@ class Trainer:
     def __init__(self, args, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.output = Path(args.output)
-        config = make_config(args)
+        config = config_from(args)
         if rank > 0:
             dist.barrier()  # the first process generates `shapes`, and finds what is wrong with the files
         plain = eval_transform(*config.test_size)

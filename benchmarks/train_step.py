@@ -9,8 +9,9 @@ from statistics import median
 import torch
 from torch import nn
 
+from config import PRESETS
 from losses import SetCriterion
-from model import PRESETS, build_model
+from model import build_model
 from train import parameter_groups
 
 INSTANCES = 10  # of an image

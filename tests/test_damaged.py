@@ -19,8 +19,10 @@ from PIL import Image
 import eval as evaluation
 import predict
 import train
-from data import BDD100K_CLASSES, make_shapes
-from model import PRESETS, DIMaskDINO
+from coco import BDD100K_CLASSES
+from config import PRESETS
+from model import DIMaskDINO
+from shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "predict.py": predict.main}

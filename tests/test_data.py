@@ -15,23 +15,13 @@ from pycocotools import mask as mask_utils
 from scipy.ndimage import minimum_filter1d
 from torchvision import tv_tensors
 
-from data import (
-    SHAPES,
-    CocoInstances,
-    DataError,
-    bdd100k_paths,
-    coco_paths,
-    collate,
-    decode_masks,
-    draw_shapes,
-    eval_transform,
-    make_shapes,
-    mask_boxes,
-    read_bdd100k,
-    read_image,
-    train_transform,
-)
-from eval import add_data_arguments, average_precision, coco_results, open_split
+from bdd100k import bdd100k_paths, read_bdd100k
+from cli import add_data_arguments, open_split
+from coco import coco_paths
+from data import CocoInstances, collate, decode_masks, eval_transform, mask_boxes, train_transform
+from eval import average_precision, coco_results
+from images import DataError, read_image
+from shapes import SHAPES, draw_shapes, make_shapes
 
 TINY_COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny_coco"
 WIDTH, HEIGHT = 40, 30

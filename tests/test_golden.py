@@ -18,11 +18,12 @@ from reduce import project
 
 import attention
 import losses
+from config import PRESETS
 from convert import convert_state_dict, released_names
 from di import candidate_boxes
 from losses import SetCriterion
 from matcher import HungarianMatcher
-from model import PRESETS, build_model, postprocess
+from model import build_model, postprocess
 
 REDUCED = Path(__file__).resolve().parent / "golden"
 FULL = Path(__file__).resolve().parents[2] / "shared" / "golden"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from config import PRESETS
 from losses import SetCriterion, mask_losses, uncertain_points
 from matcher import sample_points
-from model import PRESETS, build_model
+from model import build_model
 
 CONFIG = replace(
     PRESETS["tiny"], num_classes=3, loss_points=40, decoder_layers=2, interaction_layers=1, class_weight=4.0

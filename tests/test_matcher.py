@@ -8,8 +8,8 @@ import pytest
 import torch
 import torchvision
 
+from config import PRESETS
 from matcher import HungarianMatcher, class_cost, mask_costs, pairwise_giou, sample_masks, sample_points
-from model import PRESETS
 
 CONFIG = replace(PRESETS["tiny"], num_classes=3, loss_points=200, class_weight=4.0)
 

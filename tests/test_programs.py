@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import make_shapes
+from shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--train-size", "64", "--test-size", "64", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu"]

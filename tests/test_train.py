@@ -15,11 +15,14 @@ import torch
 
 import train
 from backbone import ResNet
-from data import collate, make_shapes, train_transform
-from eval import open_split
+from checkpoint import save_checkpoint
+from cli import open_split
+from config import Config, InputError
+from data import TrainSampler, collate, train_transform
 from losses import SetCriterion
-from model import Config, InputError, build_model, save_checkpoint
-from train import TrainSampler, backward, lr_factor, parse_arguments, plan
+from model import build_model
+from shapes import make_shapes
+from train import backward, lr_factor, parse_arguments, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--batch-size 4 --workers 0 --device cpu --epochs 4".split()
@@ -209,7 +212,8 @@ torch.set_num_threads(1)
 import pytest, test_train as t
 from torch.nn.parallel import DistributedDataParallel
 from data import eval_transform
-from eval import evaluate, open_split
+from cli import open_split
+from eval import evaluate
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()

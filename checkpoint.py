@@ -1,0 +1,163 @@
+"""Checkpoint files: written whole or not at all, read, the newest one, and what a training starts from."""
+
+import contextlib
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torchvision
+
+from backbone import SWINS, load_backbone_weights
+from config import Config, InputError
+from model import DIMaskDINO
+
+# Settings that decide which parameters there are, by the beginning of the parameters' names.
+SETTINGS_OF = {
+    "di.interactions.": "selections (di, guidance)",
+    "bato.": "bato",
+    "di.position_tokens.": "position_tokens",
+    "decoder.layers.": "decoder_layers",
+}
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file of `train.py` or `convert.py`, on the CPU.
+
+    {"model": state dict, "config": fields of Config, "classes": names, ...}, see `train.py`.
+    Raises InputError for a missing, damaged or foreign file; nothing in the file is executed.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the checkpoint file in it") from None
+    except Exception as error:  # torch.load raises whatever zip, pickle and its own checks come across
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint, perhaps truncated ({reason[:100]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "config", "classes"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of this project; run convert.py on a released one")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError."""
+    checkpoint = read_checkpoint(path)
+    try:
+        model = DIMaskDINO(Config(**checkpoint["config"]))
+        differing = model.state_dict().keys() ^ checkpoint["model"].keys()
+        settings = [name for start, name in SETTINGS_OF.items() if any(key.startswith(start) for key in differing)]
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = f"in {' and '.join(settings)}: " if settings else ""
+        reason += " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its weights and its config do not fit ({reason})") from None
+    return model.to(device).eval(), checkpoint
+
+
+def save_checkpoint(path, checkpoint, keep=None):
+    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
+
+    keep: a name in the same folder for the file that was at `path`. Raises InputError where the disk does not take it;
+    what was at `path` is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            link(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
+            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
+        raise
+
+
+def link(path, name):
+    """Let `name`, in the same folder, be the file that `path` is now, without a copy where the disk has hard links."""
+    temporary = path.with_name(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+
+
+def newest_checkpoint(output):
+    """The newest checkpoint in a folder that can be read, or None where there is none. Raises InputError."""
+    paths = [output / name for name in ("checkpoint.pt", "previous.pt") if (output / name).exists()]
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except InputError as error:
+            if path == paths[-1]:
+                raise
+            print(f"train.py: {error}; trying the one before it", file=sys.stderr)
+    return None
+
+
+def check_config(path, checkpoint, config, **settings):
+    """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
+    found = checkpoint["config"] | checkpoint.get("settings", {})
+    wanted = asdict(config) | settings
+    different = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items()
+                 if found.get(name) != value]  # fmt: skip
+    if different:
+        raise InputError(
+            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags"
+        )
+
+
+def load_starting_point(model, args, classes):
+    """Backbone weights or the weights of --init. Returns lines to print. Raises InputError."""
+    if args.init:
+        return load_init(model, args.init, classes)
+    name, source = model.config.backbone, args.backbone_weights
+    if source == "none" or (source is None and not model.config.frozen_batch_norm):
+        return ["the backbone starts from random weights"]
+    if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
+        raise InputError(
+            f"--backbone-weights is needed for {name}: give Microsoft's file, for swin_l_384 "
+            "swin_large_patch4_window12_384_22k.pth, or none to start from random weights"
+        )
+    try:
+        source = source or str(torchvision.models.get_model_weights(name).IMAGENET1K_V1)
+        load_backbone_weights(model.backbone, source, args.trust_pickle)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{error} (or --backbone-weights none, to start from random weights)") from None
+    return [f"the backbone starts from {source}"]
+
+
+def load_init(model, path, classes):
+    """Load what fits of a checkpoint; what belongs to classes is loaded only if they are the same. Returns lines."""
+    checkpoint = read_checkpoint(path)
+    state = model.state_dict()
+    of_classes = {name for name in state if name.startswith(("heads.class_head.", "denoising.label_embedding."))}
+    found = {
+        name: value
+        for name, value in checkpoint["model"].items()
+        if name in state
+        and value.shape == state[name].shape
+        and (name not in of_classes or checkpoint["classes"] == classes)
+    }
+    if not found:
+        raise InputError(f"{path}: nothing in it fits this model; give a checkpoint of a similar preset")
+    model.load_state_dict(found, strict=False)
+    kept = [name for name in state if name not in found]
+    unused = [name for name in checkpoint["model"] if name not in state]
+    return [
+        f"{path}: {len(found)} of {len(state)} entries loaded",
+        f"  start anew, as they are for other classes, of another shape or not in it: {', '.join(kept) or 'none'}",
+        f"  in it but not in this model: {', '.join(unused) or 'none'}",
+    ]

@@ -1,0 +1,161 @@
+"""Every setting of model, losses and images: the dataclass, its presets, and the flags that set them."""
+
+import argparse
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args, get_origin
+
+
+class InputError(ValueError):
+    """A setting, checkpoint or file that cannot be used; the message is one line: what, where, what to do."""
+
+
+def setting(default, meaning, least=1):
+    """A field of `Config`: its default, its meaning, which is also the help of its flag, and its least value."""
+    return field(default=default, metadata={"help": meaning, "least": least})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting; the defaults are the released DI-MaskDINO with ResNet-50.
+
+    Raises InputError, a ValueError, for settings that do not go together. Without De-Imbalance, or where `guidance`
+    cuts the pipeline behind the first selection, only the last of `selections` takes place, and is all that is kept.
+    """
+
+    num_classes: int = setting(80, "classes; training takes those of the data set")
+    backbone: str = setting("resnet50", "a ResNet of torchvision.models, or one of backbone.SWINS")
+    frozen_batch_norm: bool = setting(True, "batch norm with fixed statistics; without: GroupNorm, trains from scratch")
+    hidden_dim: int = setting(256, "C, channels of tokens and queries")
+    num_heads: int = setting(8, "attention heads")
+    num_levels: int = setting(4, "maps that the encoder sees: 4: C3...C6; 5: C2...C6")
+    num_points: int = setting(4, "sampling points of deformable attention per head and level")
+    encoder_layers: int = setting(6, "layers of the encoder")
+    encoder_feedforward_dim: int = setting(2048, "inner channels of the encoder's feed-forward networks")
+    di: bool = setting(True, "De-Imbalance: token interaction and further selections, Eq. 2 and 3 (Table 4)")
+    selections: tuple[int, ...] = setting((600, 300), "tokens of each selection; of the last: queries (Table 7, 8)")
+    box_init: Literal["mask", "bitmask", "head"] = setting(
+        "mask", "boxes of the first selection: around its masks; the same, a pixel wider and higher; of the box head"
+    )
+    interaction_layers: int = setting(2, "self-attention layers before each selection but the first, Eq. 2")
+    position_tokens: Literal["boxes", "random"] = setting(
+        "boxes", "boxes of the decoder's input: of the selected tokens; or learned ones, random at first (Table 3)"
+    )
+    bato: bool = setting(True, "Balance-Aware Tokens Optimization, Eq. 5 to 8 (Table 4)")
+    guidance: Literal["t_i", "t_s1", "t_s2", "q_bal"] = setting(
+        "q_bal", "stage whose best tokens guide BATO; the pipeline is cut behind any but q_bal (Table 5)"
+    )
+    gtg: bool = setting(True, "guiding token generation, Eq. 5 to 7; without: the queries themselves guide (Table 6)")
+    num_guiding: int = setting(50, "queries that guide BATO")
+    decoder_layers: int = setting(6, "layers of the decoder, the first of which is Eq. 4 (Table 9)")
+    feedforward_dim: int = setting(2048, "inner channels of the feed-forward networks behind the encoder")
+    class_prior: float | None = setting(None, "probability that the class head starts from; without: about 1/2", 1e-6)
+    denoising_queries: int = setting(100, "denoising queries in training, about so many; 0: none", 0)
+    noise_scale: float = setting(0.4, "noise of the denoising queries' boxes and labels, 0 to 1", 0)
+    loss_points: int = setting(12544, "points sampled per mask, in matching and losses")
+    train_size: int = setting(1024, "side of the training crops in pixels")
+    train_scale: tuple[float, float] = setting((0.1, 2.0), "range of the scale jitter before the crop", 1e-3)
+    test_size: tuple[int, int] = setting((800, 1333), "shorter side in evaluation, and longer side at most, in pixels")
+    grad_checkpoint: bool = setting(False, "save memory in training: compute the layers twice instead of storing them")
+    class_weight: float = setting(4.0, "weight of the class loss and of its matching cost", 0)
+    box_weight: float = setting(5.0, "weight of the L1 loss of boxes and of its matching cost", 0)
+    giou_weight: float = setting(2.0, "weight of the GIoU loss and of its matching cost", 0)
+    mask_weight: float = setting(5.0, "weight of the cross-entropy of masks and of its matching cost", 0)
+    dice_weight: float = setting(5.0, "weight of the dice loss and of its matching cost", 0)
+    box_loss_scale: float = setting(1.0, "factor on the weights of both box losses, not of the matching (Table 3)", 0)
+
+    def __post_init__(self):
+        for entry in fields(self):
+            check_value(entry, getattr(self, entry.name))
+        sizes = list(self.selections)
+        if not sizes or sizes != sorted(sizes, reverse=True):
+            raise InputError(f"selections {self.selections}: give one size or more, none above the one before it")
+        if self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
+            raise InputError(
+                f"hidden_dim {self.hidden_dim}: must be a multiple of 32 and of num_heads {self.num_heads}"
+            )
+        if self.num_levels not in (4, 5):
+            raise InputError(f"num_levels {self.num_levels}: 4 or 5")
+        if self.noise_scale > 1 or (self.class_prior or 0) >= 1:
+            raise InputError(f"noise_scale {self.noise_scale}, class_prior {self.class_prior}: must be below 1")
+        if self.train_scale[0] > self.train_scale[1]:
+            raise InputError(f"train_scale {self.train_scale}: the smaller number comes first")
+        if self.guidance != "q_bal" and not (self.di and self.bato):
+            raise InputError(f"guidance {self.guidance}: cuts DI short and guides BATO, so that di and bato must be on")
+        if self.guidance == "t_s2" and len(sizes) < 2:
+            raise InputError(f"guidance t_s2: needs two selections or more, not {self.selections}")
+        if not self.gtg and not self.bato:
+            raise InputError("gtg False: is a change to BATO, so that bato must be on")
+        if self.bato and self.decoder_layers < 2:
+            raise InputError(f"decoder_layers {self.decoder_layers}: BATO acts between the first two; give 2 or more")
+        if not self.di or self.guidance in ("t_i", "t_s1"):
+            object.__setattr__(self, "selections", self.selections[-1:])
+
+
+def check_value(entry, value):
+    """Raise InputError for a value of the field that is none of its choices or below its least."""
+    if get_origin(entry.type) is Literal and value not in get_args(entry.type):
+        raise InputError(f"{entry.name} {value!r}: choose from {', '.join(get_args(entry.type))}")
+    least = entry.metadata["least"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:  # NaN is not
+            raise InputError(f"{entry.name} {value}: must be {least} or more")
+
+
+PRESETS = {
+    "dimaskdino_r50": Config(),
+    "maskdino_r50": Config(di=False, bato=False, decoder_layers=9),
+    "dimaskdino_swin_l": Config(backbone="swin_l_384"),
+    "maskdino_swin_l": Config(
+        backbone="swin_l_384", num_levels=5, box_init="bitmask", di=False, bato=False, decoder_layers=9
+    ),
+    # Trains from scratch on a laptop's CPU.
+    "tiny": Config(
+        num_classes=10,
+        backbone="resnet18",
+        frozen_batch_norm=False,
+        hidden_dim=64,
+        num_heads=4,
+        encoder_layers=2,
+        encoder_feedforward_dim=256,
+        selections=(60, 30),
+        num_guiding=15,
+        decoder_layers=3,
+        feedforward_dim=256,
+        class_prior=0.01,
+        class_weight=8.0,
+        denoising_queries=30,
+        loss_points=128,
+        train_size=64,
+        train_scale=(0.8, 1.25),
+        test_size=(64, 128),
+    ),
+}
+
+
+def add_config_arguments(parser):
+    """A flag for every setting but num_classes: --name VALUE; --name and --no-name; --name A B; or --name N,N,..."""
+    add = parser.add_argument_group("settings of model, losses and images; the default is the preset's").add_argument
+    for entry in fields(Config)[1:]:
+        flag, kind, help_text = "--" + entry.name.replace("_", "-"), entry.type, entry.metadata["help"]
+        if kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        elif get_origin(kind) is Literal:
+            add(flag, choices=get_args(kind), help=help_text)
+        elif get_origin(kind) is tuple and get_args(kind)[1] is ...:
+            add(flag, type=comma_separated, metavar="N,...", help=help_text)
+        elif get_origin(kind) is tuple:
+            add(flag, type=get_args(kind)[0], nargs=2, metavar="N", help=help_text)
+        else:
+            add(flag, type=get_args(kind)[0] if get_args(kind) else kind, metavar="N", help=help_text)
+
+
+def comma_separated(text):
+    """An argparse type: integers, "600,300" -> (600, 300)."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def config_from(args):
+    """The Config of the preset `args.preset` with the flags of `add_config_arguments` that are given."""
+    given = {entry.name: getattr(args, entry.name) for entry in fields(Config)[1:]}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return replace(PRESETS[args.preset], **given)

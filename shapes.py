@@ -1,0 +1,207 @@
+"""Generated data sets in COCO's format: `shapes`, and `shapes-hard`, in which a box tells little about its mask."""
+
+import colorsys
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as mask_utils
+
+
+def _ellipse(rx, ry, x=0.0):
+    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    return np.stack([x + rx * np.cos(angles), ry * np.sin(angles)], axis=1)
+
+
+def _corners(radii, count):
+    """Corners at `count` equal angles from the top on, their distances from the centre cycling through `radii`."""
+    angles = np.arange(count) * 2 * np.pi / count - np.pi / 2
+    return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _rectangle(rx, ry):
+    return np.array([(-rx, -ry), (rx, -ry), (rx, ry), (-rx, ry)])
+
+
+def _heart():
+    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y - 2], axis=1) / 17
+
+
+_a = 0.32  # half the width of the cross's arms
+# Class -> outline and, for some, a hole: (k, 2) points within about the unit circle. No two alike at 16 pixels across,
+# whatever the rotation.
+SHAPES = {
+    "circle": [_ellipse(0.9, 0.9)],
+    "square": [_corners([1.0], 4)],
+    "triangle": [_corners([1.0], 3)],
+    "star": [_corners([1.0, 0.42], 10)],
+    "ring": [_ellipse(1.0, 1.0), _ellipse(0.55, 0.55)],
+    "cross": [np.array([(-_a, -1), (_a, -1), (_a, -_a), (1, -_a), (1, _a), (_a, _a), (_a, 1), (-_a, 1), (-_a, _a),
+                        (-1, _a), (-1, -_a), (-_a, -_a)])],
+    "ellipse": [_ellipse(1.0, 0.48)],
+    "crescent": [_ellipse(1.0, 1.0), _ellipse(0.8, 0.8, x=0.45)],
+    "arrow": [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 0.95), (-0.3, 0.95), (-0.3, 0), (-0.8, 0)])],
+    "heart": [_heart()],
+}  # fmt: skip
+# Classes of the harder variant: the thin, hollow and curved ones fill little of their boxes; the disc covers others.
+HARD_SHAPES = {
+    "disc": [_ellipse(0.9, 0.9)],
+    "bar": [_rectangle(1.0, 0.22)],
+    "ring": [_ellipse(1.0, 1.0), _ellipse(0.66, 0.66)],
+    "frame": [_corners([1.0], 4), _corners([0.58], 4)],
+    "crescent": [_ellipse(1.0, 1.0), _ellipse(0.88, 0.88, x=0.42)],
+}
+SHAPES_VERSION = 1  # to be raised when the pictures change, so that old ones are made anew
+MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 30
+
+
+def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
+    """Write the generated data set `shapes` to the folder `root` in COCO layout, unless it is there already.
+
+    `train` and `val` images of size x size pixels with 2 to 7 overlapping shapes each, one class per outline; textures
+    and colours say nothing about the class. Every visible shape is annotated with its visible part. The same settings
+    give the same files. The annotation files are written last, so that an interrupted run is not taken for a whole one.
+
+    hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
+    3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
+    """
+    root = Path(root)
+    settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
+    settings |= {"hard": True} if hard else {}  # so that sets without it stay as they are
+    files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
+    if all(_shapes_settings(path) == settings for path in files.values()):
+        return
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    written = {}
+    for number, (split, path) in enumerate(files.items()):
+        folder = root / "images" / f"{split}2017"
+        folder.mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for i in range(settings[split]):
+            pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size, hard)
+            name = f"{i + 1:012d}.png"
+            Image.fromarray(pixels).save(folder / name, compress_level=1)
+            images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
+            rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+            for label, rle in zip(labels, rles, strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 1,
+                        "category_id": label + 1,
+                        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                        "bbox": mask_utils.toBbox(rle).tolist(),
+                        "area": int(mask_utils.area(rle)),
+                        "iscrowd": 0,
+                    }
+                )
+        written[path] = {
+            "info": {"description": "generated shapes", "settings": settings},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES)],
+        }
+    for path, content in written.items():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+
+
+def _shapes_settings(path):
+    """The settings recorded in an annotation file of `make_shapes`; None if there is no such file."""
+    try:
+        return json.loads(path.read_bytes())["info"]["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def draw_shapes(rng, size, hard=False):
+    """One image of `shapes`: pixels (size, size, 3) uint8, labels [int, ...], visible masks (n, size, size) bool.
+
+    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians. hard: see `make_shapes`.
+
+    A shape that would leave too little of an earlier one visible is drawn again somewhere else, so that nothing in the
+    image is without its annotation.
+    """
+    pixels = _texture(rng, size, saturation=(0.0, 0.35), value=(0.25, 0.55))
+    if hard:
+        _draw_strokes(rng, pixels)
+    outlines = list((HARD_SHAPES if hard else SHAPES).values())
+    fewest, most, smallest, largest, tilt = (3, 7, 0.09, 0.42, np.pi) if hard else (2, 7, 0.1, 0.35, 0.4)
+    owner = np.full((size, size), -1)  # the uppermost shape of every pixel
+    labels, areas = [], []  # areas: of the whole shape, covered or outside the image or not
+    for _ in range(rng.integers(fewest, most + 1)):
+        for _ in range(20):  # tries to place it
+            label = int(rng.integers(len(outlines)))
+            radius = size * smallest * (largest / smallest) ** rng.random()  # log-uniform
+            patch = _coverage(outlines[label], radius, rng.uniform(-tilt, tilt))
+            y, x = rng.uniform(0.6 * radius, size - 0.6 * radius, 2).round().astype(int) - len(patch) // 2
+            coverage = np.zeros((size, size), np.float32)
+            top, left, bottom, right = max(y, 0), max(x, 0), min(y + len(patch), size), min(x + len(patch), size)
+            coverage[top:bottom, left:right] = patch[top - y : bottom - y, left - x : right - x]
+            new_owner = np.where(coverage >= 0.5, len(labels), owner)
+            new_areas = areas + [(patch >= 0.5).sum()]
+            visible = np.bincount(new_owner[new_owner >= 0], minlength=len(new_areas))
+            if (visible >= np.maximum(MIN_VISIBLE_SHARE * np.array(new_areas), MIN_VISIBLE_PIXELS)).all():
+                texture = _texture(rng, size, saturation=(0.5, 1.0), value=(0.7, 1.0))
+                pixels += coverage[:, :, None] * (texture - pixels)
+                owner, areas = new_owner, new_areas
+                labels.append(label)
+                break
+    return pixels.clip(0, 255).astype(np.uint8), labels, owner == np.arange(len(labels))[:, None, None]
+
+
+def _draw_strokes(rng, pixels):
+    """Clutter: short bright lines and small blobs that belong to no class, drawn into pixels (size, size, 3)."""
+    size = len(pixels)
+    for _ in range(rng.integers(2, 7)):
+        canvas = Image.new("L", (size, size))
+        start, step = rng.uniform(0, size, 2), rng.uniform(-0.15, 0.15, 2) * size
+        line = [tuple(start), tuple(start + step)]
+        ImageDraw.Draw(canvas).line(line, fill=255, width=int(rng.integers(1, 4)))
+        texture = _texture(rng, size, saturation=(0.5, 1.0), value=(0.7, 1.0))
+        covered = np.asarray(canvas, dtype=bool)
+        pixels[covered] = texture[covered]
+
+
+def _coverage(outlines, radius, angle):
+    """Share of each pixel that the rotated shape covers: (k, k) float32 in [0, 1], the shape in the middle."""
+    fine = 4  # subpixels per pixel and axis
+    side = 2 * math.ceil(radius) + 3
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    canvas = Image.new("L", (side * fine, side * fine))
+    for outline, value in zip(outlines, (255, 0), strict=False):
+        points = (outline @ turn * radius + side / 2) * fine - 0.5
+        ImageDraw.Draw(canvas).polygon(points.ravel().tolist(), fill=value)
+    return np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
+
+
+def _texture(rng, size, saturation, value):
+    """A random texture (size, size, 3) float32 in 0...255 around a random colour with HSV ranges in [0, 1]."""
+    colour = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)))
+    angle, period = rng.uniform(0, np.pi), rng.uniform(4, 20)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    u = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)
+    v = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period)
+    kind = rng.integers(5)
+    if kind == 0:  # stripes
+        pattern = np.sin(u)
+    elif kind == 1:  # checks
+        pattern = np.sign(np.sin(u) * np.sin(v))
+    elif kind == 2:  # dots
+        pattern = np.where(np.cos(u) + np.cos(v) > 0.9, 1.0, -0.6)
+    elif kind == 3:  # gradient
+        pattern = u * period / (np.pi * size) - 1
+    else:  # clouds
+        noise = Image.fromarray(rng.uniform(-1, 1, (size // 8 + 2,) * 2).astype(np.float32))
+        pattern = np.asarray(noise.resize((size, size), Image.BICUBIC))
+    swing = rng.uniform(8, 30) * rng.uniform(0.5, 1, 3)  # of each colour channel
+    grain = rng.normal(0, 6, (size, size, 1))
+    return (colour + pattern[:, :, None] * swing + grain).astype(np.float32)
