@@ -20,10 +20,13 @@ import torch
 from torchvision.ops import box_iou, masks_to_boxes, nms
 from torchvision.transforms.v2.functional import resize
 
-from data import eval_transform, read_image
-from eval import positive, run_program
+from checkpoint import load_model
+from cli import choose_device, positive, run_program
+from config import InputError
+from data import eval_transform
 from experiments.plot import draw_layers
-from model import InputError, choose_device, load_model, postprocess
+from images import read_image
+from model import postprocess
 from predict import draw_instances
 
 LEVEL_COLOURS = {64: "#e6194b", 32: "#ffe119", 16: "#42d4f4", 8: "#3cb44b", 4: "#f032e6"}  # stride -> colour

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
+from checkpoint import check_config, load_model, save_checkpoint
+from config import Config, InputError
 from di import gather_tokens
 from losses import SetCriterion
-from model import Config, InputError, build_model, check_config, load_model, save_checkpoint
+from model import build_model
+from shapes import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
 
 SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
 SWITCHES = {
@@ -70,10 +72,10 @@ def inspect(switch, training=False):
     model, seen = small_model(switch), {}
     model.train(training)
     model.encoder.register_forward_hook(lambda _, args, out: seen.update(encoder=out))
-    model.candidates.register_forward_hook(lambda _, args, out: seen.update(candidates=out[0]))
+    model.di.candidates.register_forward_hook(lambda _, args, out: seen.update(candidates=out[0]))
     model.decoder.layers[0].register_forward_hook(lambda _, args, out: seen.update(decoder=args))
     if model.bato:
-        model.bato.register_forward_hook(lambda _, args, out: seen.update(bato=out, bato_inputs=args))
+        model.bato.register_forward_hook(lambda _, args, out: seen.update(bato=(*out[0], out[1]), bato_inputs=args[0]))
         model.bato.cross_attn.register_forward_hook(lambda _, args, out: seen.update(attention=args))
     images, targets = batch(2, 3)
     torch.manual_seed(2)
@@ -88,11 +90,11 @@ def parameters(switch):
 
 def test_which_parameters_exist():
     default = parameters("default")
-    interaction, bato = ({n for n in default if n.startswith(start)} for start in ("interactions.0.", "bato."))
+    interaction, bato = ({n for n in default if n.startswith(start)} for start in ("di.interactions.0.", "bato."))
     assert interaction and bato
     second = {name.replace("interactions.0.", "interactions.1.") for name in interaction}
     further = {n.replace("layers.2.", f"layers.{i}.") for n in default if "decoder.layers.2." in n for i in (3, 4)}
-    position = {"position_tokens.weight"}
+    position = {"di.position_tokens.weight"}
     expected = {
         "no DI": default - interaction,
         "no BATO": default - bato,
@@ -203,7 +205,7 @@ def test_t_s2_guides_and_enters_the_decoder():
 @pytest.mark.parametrize("switch", ["T_i guides", "T_s1 guides", "T_s2 guides"])
 def test_with_earlier_guidance_the_whole_decoder_sees_t_bal(switch):
     outputs, seen, model = inspect(switch)
-    t_bal, pixel_features, guiding = seen["bato"]
+    t_bal, _, pixel_features, guiding = seen["bato"]
     assert torch.equal(seen["decoder"][3], t_bal) and not torch.equal(t_bal, seen["encoder"][0])
     assert torch.equal(outputs["selection"]["guiding"], guiding)
     masks = model.heads.masks(seen["decoder"][0], pixel_features)
@@ -238,7 +240,7 @@ def test_random_position_tokens_replace_the_boxes_of_the_matching_queries_only(s
     ours, seen, model = inspect(switch, training=True)
     theirs, default, _ = inspect("default" if model.config.di else "neither", training=True)
     count = ours["dn_outputs"]["pred_boxes"].shape[1]
-    boxes, expected = seen["decoder"][2], model.position_tokens.weight.sigmoid()
+    boxes, expected = seen["decoder"][2], model.di.position_tokens.weight.sigmoid()
     assert torch.equal(boxes[:, count:], expected.expand(2, -1, -1))
     assert torch.equal(boxes[:, :count], default["decoder"][2][:, :count])
     assert torch.equal(seen["decoder"][0], default["decoder"][0])  # the content of the queries
@@ -265,7 +267,7 @@ def test_boxes_of_the_head_enter_the_decoder():
 def test_boxes_of_the_head_enter_the_interaction_without_gradient():
     model = small_model("boxes of the head").train()
     given = []
-    model.interactions[0].register_forward_hook(lambda _, args, out: given.append(args[1]))
+    model.di.interactions[0].register_forward_hook(lambda _, args, out: given.append(args[0].boxes))
     outputs = model(*batch(2, 3))
     assert not given[0].requires_grad and outputs["interm_outputs"]["pred_boxes"].requires_grad
     torch.testing.assert_close(given[0], outputs["interm_outputs"]["pred_boxes"].detach())
@@ -320,11 +322,14 @@ def test_impossible_settings_are_named(settings, named):
         ("random positions", "position_tokens"),
     ],
 )
-def test_a_state_dict_of_another_architecture_is_refused(switch, setting):
+def test_weights_of_another_architecture_are_refused(switch, setting, tmp_path):
+    """A checkpoint whose config is not that of its weights, either way; the error names what differs."""
     default, other = (build_model("tiny", **(SMALL | SWITCHES[s])) for s in ("default", switch))
     for a, b in ((default, other), (other, default)):
-        with pytest.raises(RuntimeError, match=f"of a model with other .*{setting}"):
-            a.load_state_dict(b.state_dict())
+        content = {"model": b.state_dict(), "config": asdict(a.config), "classes": list("abcd")}
+        save_checkpoint(tmp_path / "checkpoint.pt", content)
+        with pytest.raises(InputError, match=rf"checkpoint\.pt: .*{setting}"):
+            load_model(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("switch", list(SWITCHES)[1:])

@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, eval_transform
+from checkpoint import save_checkpoint
+from config import InputError
+from data import eval_transform
 from di import candidate_boxes
 from experiments import figures
-from model import InputError, build_model, save_checkpoint
+from images import DataError
+from model import build_model
 from predict import predict
 
 pytest.importorskip("matplotlib")

@@ -10,9 +10,11 @@ from PIL import Image
 
 import experiments.real_images.__main__ as real_images
 import train
-from data import CocoInstances, coco_paths, collate, eval_transform, make_shapes, train_transform
+from coco import coco_paths
+from data import CocoInstances, collate, eval_transform, train_transform
 from eval import average_precision, coco_results
 from experiments.real_images import mask_rcnn, scoring
+from shapes import make_shapes
 
 PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scoring.main}
 

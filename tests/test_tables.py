@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import train
-from data import make_shapes
+from config import PRESETS, Config, config_from
 from experiments import tables
 from experiments.tables import ROWS, commands, rows, run_folder
 from losses import SetCriterion
-from model import PRESETS, Config, DIMaskDINO
+from model import DIMaskDINO
+from shapes import make_shapes
 
 PUBLISHED = {  # box AP, mask AP of every row on COCO and on BDD100K
     ("table1", "coco"): [45.7, 41.4, 46.9, 42.3, 48.4, 44.2, 49.6, 44.8, 51.7, 46.3, 51.9, 46.7]
@@ -133,7 +134,7 @@ def flags_of(row, output):
 @pytest.mark.parametrize("name", distinct_rows())
 def test_every_row_takes_four_steps(name):
     """The model of the printed flags learns a batch: the loss is finite in four steps, and smaller in the last."""
-    config = train.make_config(train.parse_arguments(flags_of(distinct_rows()[name], "out")))
+    config = config_from(train.parse_arguments(flags_of(distinct_rows()[name], "out")))
     config = replace(config, encoder_layers=1, denoising_queries=4)  # quicker
     torch.manual_seed(0)
     model = DIMaskDINO(config).train()

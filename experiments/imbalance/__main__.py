@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from data import make_shapes
+from config import PRESETS
 from experiments.plot import draw_layers
 from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
 from experiments.tables import ROWS, settings
-from model import PRESETS
+from shapes import make_shapes
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE = ["--data", "shapes-hard", "--preset", "tiny", "--batch-size", "8", "--epochs", "5", "--lr", "0.001"]

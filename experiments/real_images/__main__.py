@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data import CocoInstances, DataError, coco_paths, eval_transform, read_annotations, read_image
-from eval import METRICS, positive, run_program
+from cli import positive, run_program
+from coco import coco_paths, read_annotations
+from config import InputError
+from data import CocoInstances, eval_transform
+from eval import METRICS
 from experiments.real_images.scoring import LIMITS, open_run
 from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
+from images import read_image
 
 FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"di-maskdino": "DI-MaskDINO (tiny)", "mask-dino": "Mask DINO (tiny)", "mask-rcnn": "Mask R-CNN (ResNet-18)"}
@@ -269,7 +273,7 @@ def main():
                                                        "mask_rcnn_flags", "choose")}  # fmt: skip
     path = output / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise DataError(f"{path}: its runs have other settings; choose another --output, or give the same flags")
+        raise InputError(f"{path}: its runs have other settings; choose another --output, or give the same flags")
     path.write_text(json.dumps(settings) + "\n")
     if args.choose:
         args.data_root = split_training_images(args, output)

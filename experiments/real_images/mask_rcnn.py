@@ -16,10 +16,13 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
-from data import CocoInstances, coco_paths, collate, eval_transform, train_transform
-from eval import average_precision, coco_results, positive, run_program
-from model import InputError, read_checkpoint, save_checkpoint
-from train import SeededDataset, TrainSampler, lr_factor, read_log, seed_of
+from checkpoint import read_checkpoint, save_checkpoint
+from cli import positive, run_program
+from coco import coco_paths
+from config import InputError
+from data import CocoInstances, SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from eval import average_precision, coco_results
+from train import lr_factor, read_log
 
 WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedule of preset tiny
 LOG_EVERY, SAVE_EVERY = 20, 100  # iterations

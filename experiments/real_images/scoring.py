@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from pycocotools.cocoeval import COCOeval
 
-from data import CocoInstances, coco_paths, eval_transform
-from eval import METRICS, coco_results, run_program
+from checkpoint import load_model, read_checkpoint
+from cli import run_program
+from coco import coco_paths
+from data import CocoInstances, eval_transform
+from eval import METRICS, coco_results
 from experiments.real_images import mask_rcnn
-from model import load_model, postprocess, read_checkpoint
+from model import postprocess
 
 LIMITS = (100, 400)  # COCO's number of detections per image, and one that reaches the fullest image
 
