@@ -136,8 +136,11 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     with Image.open(tmp_path / "pictures.png") as picture, Image.open(tmp_path / "plot.png") as plot:
         assert picture.width > picture.height / 2 and plot.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+    for name in ("plot", "pictures"):  # drawn once is enough
+        monkeypatch.setattr(real_images, name, lambda *_: (_ for _ in ()).throw(ImportError))
     monkeypatch.setattr(sys, "argv", ["real_images", *flags])
     real_images.main()
+    assert "not drawn, as matplotlib" in capsys.readouterr().err
     assert len(in_process) == first and json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--size", "64"])
     with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
