@@ -16,6 +16,13 @@ from eval import average_precision, coco_results
 from experiments.real_images import mask_rcnn, scoring
 from shapes import make_shapes
 
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Checkpoints of Mask R-CNN have 400 MB, which need not reach the disk."""
+    monkeypatch.setattr("checkpoint.os.fsync", lambda file: None)
+
+
 PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scoring.main}
 
 
@@ -111,7 +118,8 @@ def in_process(monkeypatch):
                 assert (folder / file).exists()
 
     monkeypatch.setattr(real_images, "run_all", run_all)
-    monkeypatch.setattr(real_images, "CALIBRATION", 20)
+    monkeypatch.setattr(real_images, "CALIBRATION", 4)
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
     return ran
 
 

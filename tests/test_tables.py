@@ -164,8 +164,8 @@ def shapes(tmp_path_factory):
 SETTINGS = ("di", "bato", "guidance", "gtg", "selections", "decoder_layers", "box_loss_scale", "position_tokens")
 FOUR_WAYS = {
     "tiny": {},
-    "tiny-no-di-no-bato-box-loss-scale-0.1": {"di": False, "bato": False, "box_loss_scale": 0.1},
-    "tiny-guidance-t_s1": {"guidance": "t_s1"},
+    "tiny-no-di-no-bato-box-loss-scale-0.1": {"di": False, "bato": False, "selections": (30,), "box_loss_scale": 0.1},
+    "tiny-guidance-t_s2": {"guidance": "t_s2"},
     "tiny-selections-60,45,30": {"selections": (60, 45, 30)},
 }
 

@@ -34,7 +34,7 @@ EVALUATIONS = 6  # along a run
 def training_command(args, system, folder, seed, epochs, *more):
     """The command line of a training, without the Python in front; it goes on with what is in the folder."""
     size = ["--train-size", args.size, "--train-scale", *args.scale, "--test-size", args.size, 2 * args.size]
-    schedule = ["--epochs", epochs, "--eval-every", max(1, epochs // EVALUATIONS), "--batch-size", args.batch_size]
+    schedule = ["--epochs", epochs, "--eval-every", max(1, int(epochs / EVALUATIONS)), "--batch-size", args.batch_size]
     common = ["--data-root", args.data_root, *size, *schedule, "--seed", seed, "--output", folder, *more]
     if system == "mask-rcnn":
         return list(map(str, ["-m", "experiments.real_images.mask_rcnn", *common, *shlex.split(args.mask_rcnn_flags)]))
@@ -65,7 +65,8 @@ def measure_epochs(args, output, num_images):
         run_all(runs, args.jobs)
         for system, folder in folders.items():
             speed = read_log(folder)[0][-1]["images_per_second"]
-            known[system] = max(1, round(60 * args.minutes * speed / num_images))
+            passes = 60 * args.minutes * speed / num_images
+            known[system] = round(passes, 2) if system == "mask-rcnn" and passes >= 1 else max(1, round(passes))
             print(f"{SYSTEMS[system]}: {speed:.2f} images per second, {known[system]} epochs in {args.minutes:g} min")
         path.write_text(json.dumps(known) + "\n")
     return known

@@ -104,7 +104,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--data-root", required=True, metavar="DIR", help="folder of the data set in COCO's layout")
     add("--output", required=True, metavar="DIR", help="checkpoint, log and eval.json; a run in it goes on")
-    add("--epochs", type=positive, required=True, help="passes over the training images")
+    add("--epochs", type=float, required=True, help="passes over the training images, also parts of one")
     add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
     add(
         "--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default: 1)"
@@ -116,7 +116,10 @@ def parse_arguments(argv=None):
     add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, required=True, metavar=("MIN", "MAX"), help="range of the scale jitter")
     add("--test-size", type=positive, nargs=2, required=True, metavar=("SHORTER", "LONGER"), help="sides at evaluation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.epochs > 0:
+        parser.error(f"--epochs {args.epochs}: must be above 0")
+    return args
 
 
 class Run:
