@@ -1,1 +1,1 @@
-"""Speed, memory and the experiments of the paper; run each as `python -m benchmarks.NAME`."""
+"""Speed and memory; run each as `python -m benchmarks.NAME`."""

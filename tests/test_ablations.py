@@ -1,25 +1,18 @@
-"""The paper's ablations: what every switch changes and what not, that every row of its tables trains, the commands."""
+"""The paper's ablations, Tables 3-9: what every switch changes in the model and what not, and the hard shapes."""
 
 import json
-import shlex
-import subprocess
-import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import benchmarks.imbalance.__main__ as imbalance
-import train
-from benchmarks import experiments
-from benchmarks.experiments import ROWS, Row, commands, rows, run_folder
-from data import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
+from checkpoint import check_config, load_model, save_checkpoint
+from config import Config, InputError
 from di import gather_tokens
-from eval import save_layers
 from losses import SetCriterion
-from model import PRESETS, Config, InputError, build_model, check_config, load_model, save_checkpoint
+from model import build_model
+from shapes import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
 
 SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
 SWITCHES = {
@@ -79,10 +72,10 @@ def inspect(switch, training=False):
     model, seen = small_model(switch), {}
     model.train(training)
     model.encoder.register_forward_hook(lambda _, args, out: seen.update(encoder=out))
-    model.candidates.register_forward_hook(lambda _, args, out: seen.update(candidates=out[0]))
+    model.di.candidates.register_forward_hook(lambda _, args, out: seen.update(candidates=out[0]))
     model.decoder.layers[0].register_forward_hook(lambda _, args, out: seen.update(decoder=args))
     if model.bato:
-        model.bato.register_forward_hook(lambda _, args, out: seen.update(bato=out, bato_inputs=args))
+        model.bato.register_forward_hook(lambda _, args, out: seen.update(bato=(*out[0], out[1]), bato_inputs=args[0]))
         model.bato.cross_attn.register_forward_hook(lambda _, args, out: seen.update(attention=args))
     images, targets = batch(2, 3)
     torch.manual_seed(2)
@@ -97,11 +90,11 @@ def parameters(switch):
 
 def test_which_parameters_exist():
     default = parameters("default")
-    interaction, bato = ({n for n in default if n.startswith(start)} for start in ("interactions.0.", "bato."))
+    interaction, bato = ({n for n in default if n.startswith(start)} for start in ("di.interactions.0.", "bato."))
     assert interaction and bato
     second = {name.replace("interactions.0.", "interactions.1.") for name in interaction}
     further = {n.replace("layers.2.", f"layers.{i}.") for n in default if "decoder.layers.2." in n for i in (3, 4)}
-    position = {"position_tokens.weight"}
+    position = {"di.position_tokens.weight"}
     expected = {
         "no DI": default - interaction,
         "no BATO": default - bato,
@@ -212,7 +205,7 @@ def test_t_s2_guides_and_enters_the_decoder():
 @pytest.mark.parametrize("switch", ["T_i guides", "T_s1 guides", "T_s2 guides"])
 def test_with_earlier_guidance_the_whole_decoder_sees_t_bal(switch):
     outputs, seen, model = inspect(switch)
-    t_bal, pixel_features, guiding = seen["bato"]
+    t_bal, _, pixel_features, guiding = seen["bato"]
     assert torch.equal(seen["decoder"][3], t_bal) and not torch.equal(t_bal, seen["encoder"][0])
     assert torch.equal(outputs["selection"]["guiding"], guiding)
     masks = model.heads.masks(seen["decoder"][0], pixel_features)
@@ -247,7 +240,7 @@ def test_random_position_tokens_replace_the_boxes_of_the_matching_queries_only(s
     ours, seen, model = inspect(switch, training=True)
     theirs, default, _ = inspect("default" if model.config.di else "neither", training=True)
     count = ours["dn_outputs"]["pred_boxes"].shape[1]
-    boxes, expected = seen["decoder"][2], model.position_tokens.weight.sigmoid()
+    boxes, expected = seen["decoder"][2], model.di.position_tokens.weight.sigmoid()
     assert torch.equal(boxes[:, count:], expected.expand(2, -1, -1))
     assert torch.equal(boxes[:, :count], default["decoder"][2][:, :count])
     assert torch.equal(seen["decoder"][0], default["decoder"][0])  # the content of the queries
@@ -274,7 +267,7 @@ def test_boxes_of_the_head_enter_the_decoder():
 def test_boxes_of_the_head_enter_the_interaction_without_gradient():
     model = small_model("boxes of the head").train()
     given = []
-    model.interactions[0].register_forward_hook(lambda _, args, out: given.append(args[1]))
+    model.di.interactions[0].register_forward_hook(lambda _, args, out: given.append(args[0].boxes))
     outputs = model(*batch(2, 3))
     assert not given[0].requires_grad and outputs["interm_outputs"]["pred_boxes"].requires_grad
     torch.testing.assert_close(given[0], outputs["interm_outputs"]["pred_boxes"].detach())
@@ -329,11 +322,14 @@ def test_impossible_settings_are_named(settings, named):
         ("random positions", "position_tokens"),
     ],
 )
-def test_a_state_dict_of_another_architecture_is_refused(switch, setting):
+def test_weights_of_another_architecture_are_refused(switch, setting, tmp_path):
+    """A checkpoint whose config is not that of its weights, either way; the error names what differs."""
     default, other = (build_model("tiny", **(SMALL | SWITCHES[s])) for s in ("default", switch))
     for a, b in ((default, other), (other, default)):
-        with pytest.raises(RuntimeError, match=f"of a model with other .*{setting}"):
-            a.load_state_dict(b.state_dict())
+        content = {"model": b.state_dict(), "config": asdict(a.config), "classes": list("abcd")}
+        save_checkpoint(tmp_path / "checkpoint.pt", content)
+        with pytest.raises(InputError, match=rf"checkpoint\.pt: .*{setting}"):
+            load_model(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("switch", list(SWITCHES)[1:])
@@ -350,7 +346,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(switch, tmp_path):
     assert all(name in str(error.value) for name in SWITCHES[switch])
 
 
-# The data, the pictures, the study and the commands
+# The hard shapes
 
 
 def test_hard_shapes_fill_little_of_their_boxes():
@@ -379,206 +375,3 @@ def test_hard_shapes_are_written_once(tmp_path):
     assert path.stat().st_mtime_ns == before
     make_shapes(tmp_path, train=2, val=1)  # the other set, in the same folder
     assert len(json.loads(path.read_text())["categories"]) == len(SHAPES)
-
-
-def layer_scores(pairs):
-    return {"layers": [{"layer": i, "box": {"AP": b}, "mask": {"AP": m}} for i, (b, m) in enumerate(pairs)]}
-
-
-def test_picture_of_the_layers(tmp_path):
-    pytest.importorskip("matplotlib")
-    save_layers(layer_scores([(10.0, 20.0), (None, None), (25.0, 24.0)]), tmp_path / "eval.png")
-    with Image.open(tmp_path / "eval.png") as picture:
-        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    for colour in ((255, 127, 14), (31, 119, 180)):  # bars of box and mask
-        assert (colours == colour).all(1).sum() > 1000
-
-
-def study_runs():
-    """Made-up runs: seeds 0 and 1 of two rows, and seed 2 of one of them."""
-    values = {("neither", 0): 10, ("neither", 1): 12, ("DI", 0): 13, ("DI", 1): 17, ("DI", 2): 30}
-    layers = lambda box: [{"box": box - 4, "mask": box}, {"box": box - 1, "mask": box}, {"box": box, "mask": box + 2}]  # noqa: E731
-    return [{"row": row, "seed": seed, "layers": layers(box)} for (row, seed), box in values.items()]
-
-
-def test_tables_of_the_study():
-    lines = imbalance.markdown(study_runs()).splitlines()
-    assert "| neither | 2 | 7.0 ± 1.4 | 11.0 ± 1.4 | 10.0 ± 1.4 | 11.0 ± 1.4 | 11.0 ± 1.4 | 13.0 ± 1.4 |" in lines
-    assert "| DI | -4.0 ± 0.0 | -1.0 ± 0.0 | -2.0 ± 0.0 |" in lines
-    assert "| DI | 0.0 ± 0.0 | 0.0 ± 0.0 | 4.0 ± 1.4 | 4.0 ± 1.4 |" in lines  # of the seeds that both have
-    assert imbalance.per_layer(study_runs(), "DI", "box") == [[9, 13, 26], [12, 16, 29], [13, 17, 30]]
-
-
-def test_plot_of_the_study(tmp_path):
-    pytest.importorskip("matplotlib")
-    imbalance.plot(study_runs(), tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").size[0] > 1000
-
-
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    save_layers(layer_scores([(10.0, 20.0)]), tmp_path / "eval.png")
-    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "eval.png").exists()
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shapes")
-    make_shapes(root, train=40, val=2, hard=True)
-    return root
-
-
-def distinct_rows():
-    """One row of Tables 3-9 for each training that they need on shapes-hard, under its folder's name."""
-    found = {}
-    for row in ROWS:
-        if row.table not in ("table1", "table2", "fig1"):
-            found.setdefault(run_folder(row, "shapes-hard", "").name, row)
-    return found
-
-
-@pytest.mark.parametrize("name", distinct_rows())
-def test_every_row_trains(name, shapes, tmp_path, monkeypatch):
-    """train.py with the printed flags, on the same kind of data: 20 steps, and the evaluation at the end."""
-    [command] = commands(distinct_rows()[name], "shapes-hard", None, tmp_path)
-    command[command.index("--data") + 1] = "coco"
-    small = ["--data-root", shapes, "--epochs", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command[1:] + small])
-    train.main()
-    folder = run_folder(distinct_rows()[name], "shapes-hard", tmp_path)
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["iteration"] == 20
-    losses = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
-    assert losses and all(torch.tensor(entry["loss"]).isfinite() for entry in losses)
-    trained = {name: getattr(Config(**checkpoint["config"]), name) for name in SETTINGS}
-    assert trained == {name: getattr(PRESETS["tiny"], name) for name in SETTINGS} | expected_settings(command)
-
-
-SETTINGS = ("di", "bato", "guidance", "gtg", "selections", "decoder_layers", "box_loss_scale", "position_tokens")
-
-
-def expected_settings(command):
-    """The fields of Config that the flags of a command stand for."""
-    found, words = {}, iter(command)
-    for word in words:
-        name = word.removeprefix("--no-").removeprefix("--").replace("-", "_")
-        if word.startswith("--no-"):
-            found[name] = False
-        elif name in SETTINGS:
-            value = next(words)
-            convert = {"selections": lambda text: tuple(map(int, text.split(","))), "decoder_layers": int,
-                       "box_loss_scale": float}.get(name, str)  # fmt: skip
-            found[name] = convert(value)
-    return found
-
-
-PUBLISHED = {
-    "table1": [45.7, 41.4, 46.9, 42.3, 48.4, 44.2, 49.6, 44.8, 51.7, 46.3, 51.9, 46.7]
-    + [52.2, 47.2, 53.3, 47.9, 56.8, 51.0, 57.8, 51.8],
-    "table2": [28.1, 25.3, 29.5, 25.7, 30.2, 27.0, 31.4, 27.9],
-    "fig1": [16.6, 21.1, 21.6, 22.1],
-    "table3": [27.5, 23.7, 27.9, 24.9, 24.7, 23.0, 27.1, 25.2, 21.5, 21.9, 23.8, 23.7],
-    "table4": [45.6, 41.2, 46.4, 42.1, 46.2, 41.8, 46.9, 42.3],
-    "table5": [46.2, 41.8, 46.6, 42.0, 46.7, 42.2, 46.9, 42.3],
-    "table6": [46.5, 42.2, 46.9, 42.3],
-    "table7": [46.2, 41.8, 46.9, 42.3, 46.6, 42.2],
-    "table8": [46.6, 42.3, 46.8, 42.4, 46.9, 42.3],
-    "table9": [45.8, 41.3, 46.9, 42.3, 46.9, 42.5],
-}
-
-
-def test_published_numbers():
-    found = {table: [] for table in PUBLISHED}
-    for row in ROWS:
-        found[row.table] += row.published
-    assert found == PUBLISHED and len(ROWS) == 41
-
-
-def printed(capsys, monkeypatch, *arguments):
-    """The output of the program with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
-    experiments.main()
-    return capsys.readouterr().out
-
-
-def test_printed_commands_parse(capsys, monkeypatch):
-    total = 0
-    for data in ([], ["--data", "coco"], ["--data", "bdd100k", "--gpus", "8"], ["--data", "shapes-hard"]):
-        text = printed(capsys, monkeypatch, *data)
-        assert text.count(": published") >= (25 if "shapes-hard" in data else 30)
-        for line in text.splitlines():
-            if " train.py " in line:
-                words = shlex.split(line)
-                args = train.parse_arguments(words[words.index("train.py") + 1 :])
-                assert args.output and (not data or args.data == data[1])
-                total += 1
-    assert total > 120
-
-
-def test_tables_are_printed_with_their_numbers(capsys, monkeypatch):
-    text = printed(capsys, monkeypatch, "table5", "--data", "coco", "--data-root", "/data/coco")
-    assert "T_s1: published 46.6 / 42.0" in text and "table6" not in text
-    assert "--data coco --data-root /data/coco --preset dimaskdino_r50" in text
-    assert "--schedule 12ep --batch-size 16 --guidance t_s2" in text
-    both = printed(capsys, monkeypatch, "table9")
-    assert "--data coco" in both and "--data bdd100k" in both and "--schedule bdd68ep --batch-size 8" in both
-
-
-def test_rows_that_are_the_same_training_share_a_folder():
-    for data, count in (("coco", 21 + 8), ("shapes-hard", 18)):
-        chosen = rows(["all"], data)
-        trainings = {}
-        for row in chosen:
-            command = commands(row, data, None, "out")[0]
-            trainings.setdefault(run_folder(row, data, "out"), set()).add(shlex.join(command))
-        assert all(len(found) == 1 for found in trainings.values()) and len(trainings) == count
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [(["table10"], "table10"), (["--run"], "--data"), (["table1", "--data", "bdd100k"], "table1")],
-)
-def test_bad_arguments(arguments, named, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        printed(capsys, monkeypatch, *arguments)
-    assert named in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_run(capsys, monkeypatch, tmp_path):
-    """Runs what is not there, skips what is, resumes what has begun, and writes the numbers beside the published."""
-    ran = []
-
-    def fake(words, cwd):
-        ran.append(words[1:])
-        path = words[words.index("--output") + 1]
-        if "train.py" in words:
-            scores, path = {"box": {"AP": 40.0 + len(ran)}, "mask": {"AP": 30.0}}, f"{path}/eval.json"
-        else:
-            layers = [{"box": {"AP": 5.0 + i}, "mask": {"AP": 6.0}} for i in range(4)]
-            scores = layers[-1] | {"layers": layers}
-        with open(path, "w") as file:
-            json.dump(scores, file)
-        return subprocess.CompletedProcess(words, 0)
-
-    monkeypatch.setattr(experiments.subprocess, "run", fake)
-    for row in ROWS:
-        run_folder(row, "coco", tmp_path).mkdir(parents=True, exist_ok=True)
-    begun = run_folder(Row("table4", "", (0, 0), "--no-di"), "coco", tmp_path)
-    (begun / "checkpoint.pt").touch()
-    flags = ["--data", "coco", "--run", "--output", str(tmp_path)]
-    printed(capsys, monkeypatch, "table4", *flags)
-    assert len(ran) == 4 and [("--resume" in words) for words in ran] == [False, False, True, False]
-    table = (tmp_path / "coco" / "results.md").read_text()
-    assert "| neither | 45.6 / 41.2 | 41.0 / 30.0 |" in table and "| DI and BATO | 46.9 / 42.3 | 44.0 / 30.0 |" in table
-    printed(capsys, monkeypatch, "table4", "table6", *flags)  # its second row is the last of Table 4
-    assert len(ran) == 5 and "--no-gtg" in ran[-1]
-    printed(capsys, monkeypatch, "fig1", *flags)  # trains Mask DINO, and evaluates both
-    assert [words[0] for words in ran[5:]] == ["train.py", "eval.py", "eval.py"]
-    table = (tmp_path / "coco" / "results.md").read_text()
-    assert "published (on bdd100k)" in table and "| DI-MaskDINO, R50, layer 1 | 21.6 / 22.1 | 6.0 / 6.0 |" in table
-
-
-def test_run_stops_where_a_row_fails(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(experiments.subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, 3))
-    with pytest.raises(SystemExit, match="table5, T_i: ended with status 3"):
-        printed(capsys, monkeypatch, "table5", "--data", "coco", "--run", "--output", str(tmp_path))

@@ -1,10 +1,12 @@
-"""Draws losses, AP and the box-mask gap per layer of training runs: python -m benchmarks.plot RUN... --output FILE."""
+"""Draws losses, AP and the box-mask gap per layer of training runs: python -m experiments.plot RUN... --output FILE."""
 
 import argparse
 import json
 import math
 import sys
 from pathlib import Path
+
+from eval import draw_layers, save_layers  # noqa: F401, the bars per layer, for the studies and figures
 
 KINDS = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}  # of loss terms
 
@@ -124,14 +126,14 @@ def main():
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        sys.exit("benchmarks.plot: error: matplotlib is not installed; install it: python -m pip install matplotlib")
+        sys.exit("experiments.plot: error: matplotlib is not installed; install it: python -m pip install matplotlib")
     try:
         paths = [Path(run).resolve() for run in args.runs]
         unique = len({path.name for path in paths}) == len(paths)
         figure = draw({path.name if unique else str(path): read_log(path) for path in paths})
         figure.savefig(args.output, dpi=110)
     except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.plot: error: {error}")
+        sys.exit(f"experiments.plot: error: {error}")
     print(f"written: {args.output}")
 
 

@@ -1,0 +1,1 @@
+"""The paper's tables and figures as commands, and studies: python -m experiments.NAME."""

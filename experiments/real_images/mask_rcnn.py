@@ -1,0 +1,205 @@
+"""The rival, torchvision's Mask R-CNN with ResNet-18 and FPN, trained from random weights on one core:
+python -m experiments.real_images.mask_rcnn --data-root DIR --epochs N --output DIR.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_convert
+
+from checkpoint import read_checkpoint, save_checkpoint
+from cli import positive, run_program
+from coco import coco_paths
+from config import InputError
+from data import CocoInstances, SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from eval import average_precision, coco_results
+from train import lr_factor, read_log
+
+WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedule of preset tiny
+LOG_EVERY, SAVE_EVERY = 20, 100  # iterations
+
+
+def build_mask_rcnn(num_classes, samples=128, max_detections=400):
+    """Mask R-CNN with GroupNorm in its ResNet-18, as in preset tiny, and anchors of 8 to 128 pixels.
+
+    samples: boxes per image on which the heads learn, a quarter of them positive; torchvision's 512 is for GPUs.
+    max_detections: per image. Labels begin with 1.
+    """
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=lambda channels: torch.nn.GroupNorm(32, channels),
+        trainable_layers=5,
+    )  # fmt: skip
+    anchors = AnchorGenerator(tuple((size,) for size in (8, 16, 32, 64, 128)), ((0.5, 1.0, 2.0),) * 5)
+    return MaskRCNN(
+        backbone, num_classes + 1, rpn_anchor_generator=anchors, box_batch_size_per_image=samples,
+        box_detections_per_img=max_detections, _skip_resize=True,
+    )  # fmt: skip
+
+
+def rcnn_targets(targets, height, width):
+    """Targets of `collate` for a batch padded to height x width, as Mask R-CNN takes them."""
+    scale = torch.tensor([width, height] * 2)
+    return [
+        {
+            "boxes": box_convert(target["boxes"], "cxcywh", "xyxy") * scale,
+            "labels": target["labels"] + 1,
+            "masks": target["masks"].to(torch.uint8),
+        }
+        for target in targets
+    ]
+
+
+@torch.inference_mode()
+def detect(model, images, output_sizes):
+    """{scores, labels, boxes, masks} of images of `eval_transform`, as `model.postprocess` gives them.
+
+    Without the resizing that Mask R-CNN would do: it sees what the other systems see.
+    """
+    model.eval()
+    normalised = [model.transform.normalize(image) for image in images]
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    batch = ImageList(model.transform.batch_images(normalised, 32), sizes)
+    features = model.backbone(batch.tensors)
+    proposals, _ = model.rpn(batch, features)
+    found, _ = model.roi_heads(features, proposals, sizes)
+    found = model.transform.postprocess(found, sizes, output_sizes)
+    return [f | {"labels": f["labels"] - 1, "masks": f["masks"][:, 0] > 0.5} for f in found]
+
+
+def evaluate(model, dataset):
+    """Box and mask AP as eval.py's `evaluate` returns them."""
+    results = []
+    for image, target in dataset:
+        [detections] = detect(model, [image.as_subclass(torch.Tensor)], [target["original_size"]])
+        results += coco_results(detections, target["image_id"], dataset.category_ids)
+    return average_precision(dataset.coco, results, dataset.image_ids)
+
+
+def step(model, optimizer, images, targets):
+    """One step of the optimizer. Returns the terms of the loss. Raises InputError for a loss that is not finite."""
+    model.train()
+    padded = [torch.nn.functional.pad(i, (0, -i.shape[2] % 32, 0, -i.shape[1] % 32)) for i in images]
+    terms = model(padded, rcnn_targets(targets, *padded[0].shape[1:]))
+    loss = sum(terms.values())
+    if not loss.isfinite():
+        raise InputError(f"the loss is not finite on images {[t['image_id'] for t in targets]}; lower --lr")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    return {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--data-root", required=True, metavar="DIR", help="folder of the data set in COCO's layout")
+    add("--output", required=True, metavar="DIR", help="checkpoint, log and eval.json; a run in it goes on")
+    add("--epochs", type=float, required=True, help="passes over the training images, also parts of one")
+    add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
+    add(
+        "--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default: 1)"
+    )
+    add("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
+    add("--batch-size", type=positive, default=4, help="images per step (default: 4)")
+    add("--lr", type=float, default=5e-4, help="learning rate of AdamW (default: 5e-4)")
+    add("--samples", type=positive, default=128, help="boxes per image on which the heads learn (default: 128)")
+    add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
+    add("--train-scale", type=float, nargs=2, required=True, metavar=("MIN", "MAX"), help="range of the scale jitter")
+    add("--test-size", type=positive, nargs=2, required=True, metavar=("SHORTER", "LONGER"), help="sides at evaluation")
+    args = parser.parse_args(argv)
+    if not args.epochs > 0:
+        parser.error(f"--epochs {args.epochs}: must be above 0")
+    return args
+
+
+class Run:
+    """A training and its files; what is in the folder goes on. Written as train.py writes it, read by the same code."""
+
+    def __init__(self, args):
+        self.args, self.output = args, Path(args.output)
+        transform = train_transform(args.train_size, args.train_scale)
+        self.train_set = CocoInstances(*coco_paths(args.data_root, "train"), transform, training=True)
+        self.val_set = CocoInstances(*coco_paths(args.data_root, "val"), eval_transform(*args.test_size), False)
+        self.total = math.ceil(args.epochs * len(self.train_set) / args.batch_size)
+        torch.manual_seed(args.seed)
+        self.model = build_mask_rcnn(len(self.train_set.classes), args.samples)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+        self.iteration, self.seconds = 0, 0.0  # seconds of training, without evaluations
+        self.output.mkdir(parents=True, exist_ok=True)
+        if (self.output / "checkpoint.pt").exists():
+            checkpoint = read_checkpoint(self.output / "checkpoint.pt")
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.iteration, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+        entries = read_log(self.output / "log.jsonl", self.iteration)
+        self.evaluated = {entry["iteration"] for entry in entries if "box" in entry}
+        self.log = open(self.output / "log.jsonl", "a", buffering=1)
+
+    def save(self):
+        config = {"system": "mask_rcnn", "test_size": self.args.test_size, "samples": self.args.samples}
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": config}
+        content |= {"classes": self.train_set.classes, "iteration": self.iteration, "seconds": self.seconds}
+        save_checkpoint(self.output / "checkpoint.pt", content)
+
+    def write(self, values):
+        epoch = self.iteration * self.args.batch_size // len(self.train_set)
+        entry = {"epoch": epoch, "iteration": self.iteration, "seconds": self.seconds} | values
+        self.log.write(json.dumps(entry) + "\n")
+
+    def ends_epoch(self):
+        """Whether an epoch to evaluate after, or the training, ended with the last iteration."""
+        now, before = ((self.iteration - i) * self.args.batch_size // len(self.train_set) for i in (0, 1))
+        every = self.args.eval_every
+        return self.iteration > 0 and (now // every > before // every or self.iteration == self.total)
+
+    def evaluate(self):
+        """Write AP to the log, and at the end of training to eval.json, which says that the run has finished."""
+        scores = evaluate(self.model, self.val_set)
+        self.write(scores)
+        print(f"iteration {self.iteration}: {scores} after {self.seconds:.0f} s", flush=True)
+        if self.iteration == self.total:
+            (self.output / "eval.json").write_text(json.dumps(scores) + "\n")
+
+    def train(self):
+        args, stop = self.args, min(self.total, self.args.max_iterations or self.total)
+        sampler = TrainSampler(len(self.train_set), args.batch_size, args.seed, self.iteration * args.batch_size)
+        batches = iter(DataLoader(SeededDataset(self.train_set), batch_sampler=sampler, collate_fn=collate))
+        if self.ends_epoch() and (self.iteration not in self.evaluated or self.iteration == self.total):
+            self.evaluate()  # was interrupted in it
+        since = self.seconds
+        while self.iteration < stop:
+            start = time.perf_counter()
+            torch.manual_seed(seed_of(args.seed, 2, self.iteration))
+            for group in self.optimizer.param_groups:
+                milestones = [round(drop * self.total) for drop in DROPS]
+                group["lr"] = args.lr * lr_factor(self.iteration, milestones, WARMUP)
+            terms = step(self.model, self.optimizer, *next(batches))
+            self.iteration += 1
+            self.seconds += time.perf_counter() - start
+            if self.iteration % LOG_EVERY == 0 or self.iteration == self.total:
+                images = ((self.iteration - 1) % LOG_EVERY + 1) * args.batch_size
+                self.write({"images_per_second": images / (self.seconds - since)} | terms)
+                since = self.seconds
+            if self.iteration % SAVE_EVERY == 0 or self.iteration == stop:
+                self.save()
+            if self.ends_epoch():
+                self.evaluate()
+
+
+def main():
+    torch.set_num_threads(1)
+    Run(parse_arguments()).train()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,224 @@
+"""experiments.real_images on a few generated images: runs, scores, tables and pictures of the three systems."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import experiments.real_images.__main__ as real_images
+import train
+from coco import coco_paths
+from data import CocoInstances, collate, eval_transform, train_transform
+from eval import average_precision, coco_results
+from experiments.real_images import mask_rcnn, scoring
+from shapes import make_shapes
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Checkpoints of Mask R-CNN have 400 MB, which need not reach the disk."""
+    monkeypatch.setattr("checkpoint.os.fsync", lambda file: None)
+
+
+PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scoring.main}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    make_shapes(root, train=50, val=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """So few images that whole trainings take seconds."""
+    root = tmp_path_factory.mktemp("few")
+    make_shapes(root, train=6, val=1)
+    return root
+
+
+def exact_detections(dataset):
+    """COCO results that are the ground truth, each with an own score."""
+    results = []
+    for _, target in dataset:
+        count = len(target["labels"])
+        found = target | {"scores": torch.linspace(1, 0.5, count)}
+        results += coco_results(found, target["image_id"], dataset.category_ids)
+    return results
+
+
+def test_average_precision_at_100_is_that_of_eval(shapes):
+    dataset = CocoInstances(*coco_paths(shapes, "val"), eval_transform(64, 64), training=False)
+    results = exact_detections(dataset)
+    for result in results[::3]:
+        result["bbox"][2] *= 0.7
+    ours = scoring.average_precision_at(dataset.coco, results, dataset.image_ids, 100)
+    theirs = average_precision(dataset.coco, results, dataset.image_ids)
+    assert ours == theirs and 20 < ours["box"]["AP"] < 99 < ours["mask"]["AP"]
+    assert scoring.average_precision_at(dataset.coco, [], dataset.image_ids, 400)["box"]["AP"] == 0
+    for entry in (*dataset.coco.dataset["annotations"], *results):
+        entry["category_id"] = 1
+    dataset.coco.createIndex()
+    few, many = (scoring.average_precision_at(dataset.coco, results, dataset.image_ids, limit) for limit in (1, 9))
+    share = len(dataset) / len(results)  # a detection for each image: recall and with it AP end there, up to one of 101
+    assert few["mask"]["AP"] == pytest.approx(100 * share, abs=1) and many["mask"]["AP"] == pytest.approx(100)
+
+
+def test_mask_rcnn_learns_a_batch(shapes):
+    dataset = CocoInstances(*coco_paths(shapes, "train"), eval_transform(64, 64), training=True)
+    images, targets = collate([dataset[0]])
+    [rcnn] = mask_rcnn.rcnn_targets(targets, 64, 64)
+    torch.testing.assert_close(rcnn["boxes"], dataset[0][1]["boxes"])
+    assert torch.equal(rcnn["labels"], targets[0]["labels"] + 1) and rcnn["masks"].dtype == torch.uint8
+    torch.manual_seed(0)
+    model = mask_rcnn.build_mask_rcnn(10, samples=16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    losses = [mask_rcnn.step(model, optimizer, images, targets)["loss"] for _ in range(5)]
+    assert all(np.isfinite(losses)) and losses[-1] < 0.9 * losses[0]
+
+
+def test_mask_rcnn_sees_images_of_their_size_and_detects_in_output_pixels(monkeypatch):
+    model = mask_rcnn.build_mask_rcnn(2)
+    seen = []
+
+    def roi_heads(features, proposals, sizes):
+        seen.append((sizes, features["0"].shape[-2:]))
+        masks = torch.ones(1, 1, 28, 28)
+        return [{"boxes": torch.tensor([[10.0, 20, 30, 28]]), "labels": torch.tensor([2]), "scores": torch.ones(1),
+                 "masks": masks}], {}  # fmt: skip
+
+    monkeypatch.setattr(model.roi_heads, "forward", roi_heads)
+    [found] = mask_rcnn.detect(model, [torch.rand(3, 40, 60)], [(80, 120)])
+    assert seen == [([(40, 60)], (16, 16))]  # padded to 64 x 64, stride 4, and not resized
+    assert found["boxes"].tolist() == [[20, 40, 60, 56]] and found["labels"].tolist() == [1]
+    rows, columns = found["masks"][0].nonzero().T
+    assert abs(rows.min() - 40) <= 1 and abs(rows.max() - 55) <= 1 and found["masks"].shape == (1, 80, 120)
+    assert abs(columns.min() - 20) <= 1 and abs(columns.max() - 59) <= 1
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The studies' programs run in this process; returns the commands."""
+    ran = []
+
+    def run_all(runs, jobs, launcher=()):
+        for folder, file, command in runs:
+            if not (folder / file).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "commit.txt").write_text("abc\n")
+                words = list(map(str, command))
+                ran.append(words)
+                [program] = [main for name, main in PROGRAMS.items() if words[words[0] == "-m"].endswith(name)]
+                monkeypatch.setattr(sys, "argv", ["program", *words[1 + (words[0] == "-m") :]])
+                program()
+                assert (folder / file).exists()
+
+    monkeypatch.setattr(real_images, "run_all", run_all)
+    monkeypatch.setattr(real_images, "CALIBRATION", 4)
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    return ran
+
+
+def test_study(few, tmp_path, in_process, monkeypatch, capsys):
+    flags = ["--data-root", few, "--minutes", 0.001, "--seeds", 1, "--size", 32, "--batch-size", 2, "--jobs", 1]
+    flags += ["--flags", "--selections 40,20 --loss-points 32", "--mask-rcnn-flags", "--samples 4"]
+    flags = list(map(str, [*flags, "--output", tmp_path / "runs", "--results", tmp_path]))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "epochs.json").write_text('{"mask-dino": 1, "mask-rcnn": 1}')
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags])
+    real_images.main()
+    first = len(in_process)
+    assert first == 7  # the speed of one system, whose epochs are not known; training and scores of all three
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [run["system"] for run in content["runs"]] == list(real_images.SYSTEMS)
+    for run in content["runs"]:
+        layers = 1 if run["system"] == "mask-rcnn" else 4
+        assert [len(run["scores"][limit]) for limit in ("100", "400")] == [layers, layers]
+        assert run["epochs"] == 1 and run["seconds"] >= 0 and len(run["curve"]) == 1 and run["commit"] == "abc"
+    text = capsys.readouterr().out
+    assert "| box, Mask R-CNN (ResNet-18) |" in text and "| DI-MaskDINO minus | seeds |" in text
+    with Image.open(tmp_path / "pictures.png") as picture, Image.open(tmp_path / "plot.png") as plot:
+        assert picture.width > picture.height / 2 and plot.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+    for name in ("plot", "pictures"):  # drawn once is enough
+        monkeypatch.setattr(real_images, name, lambda *_: (_ for _ in ()).throw(ImportError))
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags])
+    real_images.main()
+    assert "not drawn, as matplotlib" in capsys.readouterr().err
+    assert len(in_process) == first and json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--size", "64"])
+    with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
+        real_images.main()
+
+
+def test_mask_rcnn_goes_on_where_it_was_stopped(few, tmp_path, monkeypatch):
+    """The same weights, and every evaluation once, as without interruption."""
+    monkeypatch.setattr(mask_rcnn, "LOG_EVERY", 1)
+    flags = ["--data-root", few, "--epochs", 1, "--batch-size", 2, "--samples", 4, "--train-size", 32]
+    flags += ["--train-scale", 1, 1, "--test-size", 32, 32]
+    for name, stops in (("whole", [9]), ("parts", [1, 9])):
+        for stop in stops:
+            argv = ["mask_rcnn", *map(str, flags), "--output", str(tmp_path / name), "--max-iterations", str(stop)]
+            monkeypatch.setattr(sys, "argv", argv)
+            mask_rcnn.main()
+    whole, parts = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
+    assert whole["iteration"] == parts["iteration"] == 3
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")
+    ]
+    assert [entry["iteration"] for entry in logs[0]] == [1, 2, 3, 3]
+    assert [entry["loss"] for entry in logs[0] if "loss" in entry] == [e["loss"] for e in logs[1] if "loss" in e]
+    assert (tmp_path / "parts" / "eval.json").exists()
+
+
+def test_split_for_the_choice_of_settings(shapes, tmp_path):
+    args = real_images.parse_arguments(["--data-root", str(shapes), "--choose"])
+    root = real_images.split_training_images(args, tmp_path)
+    files = {split: json.loads(coco_paths(root, split)[0].read_text()) for split in ("train", "val")}
+    names = {split: {image["file_name"] for image in content["images"]} for split, content in files.items()}
+    original = json.loads(coco_paths(shapes, "train")[0].read_text())
+    assert len(names["train"]) == 40 and len(names["val"]) == 10 and not names["train"] & names["val"]
+    assert sum(len(content["annotations"]) for content in files.values()) == len(original["annotations"])
+    for split in files:
+        assert len(CocoInstances(*coco_paths(root, split), train_transform(64), training=True)[0]) == 2
+
+
+def made_up(system, seed, box):
+    scores = {kind: {metric: box + (kind == "mask") for metric in real_images.METRICS} for kind in ("box", "mask")}
+    layers = 1 if system == "mask-rcnn" else 3
+    low = [{k: {m: v - 5 * (layers - 1 - i) for m, v in s.items()} for k, s in scores.items()} for i in range(layers)]
+    return {"system": system, "seed": seed, "epochs": 9, "seconds": 600 + 60 * seed,
+            "curve": [{"seconds": 300, "box": 3.0, "mask": 4.0}], "scores": {"100": low, "400": low}}  # fmt: skip
+
+
+def test_tables():
+    runs = [made_up(*run) for run in [("di-maskdino", 0, 20.0), ("di-maskdino", 1, 24.0), ("mask-dino", 0, 19.0),
+                                      ("mask-dino", 1, 21.0), ("mask-rcnn", 1, 26.0)]]  # fmt: skip
+    lines = real_images.markdown(runs).splitlines()
+    assert "| DI-MaskDINO (tiny) | 2 | 9 | 10.5 ± 0.7 |" in lines
+    assert "| box, DI-MaskDINO (tiny)" + " | 22.0 ± 2.8" * 6 + " |" in lines
+    assert "| mask AP, Mask DINO (tiny) | 11.0 ± 1.4 | 16.0 ± 1.4 | 21.0 ± 1.4 |" in lines
+    assert "| box AP - mask AP, Mask DINO (tiny)" + " | -1.0 ± 0.0" * 3 + " |" in lines
+    # 1 and 3: 2 ± 12.706; against Mask R-CNN a single pair.
+    assert "| Mask DINO (tiny) | 2" + " | +2.0 [-10.7, +14.7]" * 4 + " | +0.0 [+0.0, +0.0]" * 2 + " |" in lines
+    assert "| Mask R-CNN (ResNet-18) | 1" + " | -2.0" * 4 + " |  |  |" in lines
+
+
+def test_seconds_of_training():
+    log = [{"iteration": 20, "images_per_second": 4.0}, {"iteration": 40, "images_per_second": 2.0}]
+    assert [real_images.training_seconds(log, i, 2) for i in (10, 20, 30, 40)] == [5.0, 10.0, 20.0, 30.0]
+
+
+def test_picture_of_crowded_instances():
+    image = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[0, 2:10, 2:10] = masks[1, 10:20, 2:10] = True
+    boxes = torch.tensor([[2.0, 2, 10, 10], [-5, 10, 40, 20]])
+    drawn = np.asarray(real_images.draw(image, {"masks": masks, "boxes": boxes}).permute(1, 2, 0))
+    assert (drawn[5, 5] != drawn[15, 5]).any() and (drawn[30, 30] == 128).all()
+    assert torch.equal(real_images.draw(image, {"masks": masks[:0], "boxes": boxes[:0]}), image)
