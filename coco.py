@@ -1,4 +1,4 @@
-"""COCO annotation files, read and checked."""
+"""COCO annotation files: found, read, checked and brought into one form."""
 
 import gc
 import json
@@ -7,184 +7,514 @@ import os
 import re
 import warnings
 from array import array
-from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from images import DataError
+from images import DataError, image_size
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the files are, and what belongs together
 
 
 def coco_paths(root, split):
-    """Annotation file and image folder of split "train" or "val" in a COCO folder; DataError if they are not there.
+    """Annotation file and image folder of split "train", "val" or "test"; DataError if they are not there.
 
-    Both COCO layouts work: the images in root/{split}2017 or in root/images/{split}2017.
+    Two layouts work. COCO's: root/annotations/instances_{split}2017.json, for the test images also
+    image_info_test-dev2017.json or image_info_test2017.json, with the images in root/{split}2017 or
+    root/images/{split}2017. Roboflow's: root/train, root/valid and root/test, each with _annotations.coco.json beside
+    its images.
     """
     root = Path(root)
-    annotation_file = root / "annotations" / f"instances_{split}2017.json"
+    names = [f"instances_{split}2017.json"]
+    if split == "test":
+        names += ["image_info_test-dev2017.json", "image_info_test2017.json"]
+    coco = [path for name in names if (path := root / "annotations" / name).is_file()]
+    folder = root / {"val": "valid"}.get(split, split)
+    roboflow = folder / "_annotations.coco.json"
+    if roboflow.is_file():
+        if coco:
+            raise DataError(f"{root}: has both {coco[0]} and {roboflow}; remove one, or name the files with flags")
+        return roboflow, folder
+    if not coco:
+        raise DataError(f"{root}: has neither annotations/{' nor annotations/'.join(names)} (COCO's layout) nor"
+                        f" {roboflow.relative_to(root)} (Roboflow's); check the data root")  # fmt: skip
     folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
-    if not annotation_file.is_file():
-        raise DataError(f"{annotation_file}: no such file; the data root must be a COCO folder")
     for folder in folders:
         if folder.is_dir():
-            return annotation_file, folder
+            return coco[0], folder
     raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
 
 
-def read_annotations(annotation_file, image_dir):
-    """Load and check a whole COCO annotation file.
+def match_classes(trained, classes, category_ids):
+    """Match a data set's classes with those that a model was trained for, by name.
 
-    Returns the dictionary. Polygons come back as float arrays and uncompressed RLE compressed: forked loader processes
-    share the parent's memory until they touch an object, so that lists of a million floats would be copied by each.
-    Raises DataError, naming the file and the first annotation or image in question.
+    trained, classes: names, each once; category_ids: the data set's, in the order of `classes`. Returns the category
+    id for each label of `trained`, None where the data set lacks the class, and {category id: label}. DataError names
+    the data set's classes that the model does not know.
+    """
+    unknown = [name for name in classes if name not in trained]
+    if unknown:
+        raise DataError(f"the data set has the classes {_list(unknown)}, but the model was trained for"
+                        f" {_list(trained)}; rename them or give the data set that fits")  # fmt: skip
+    ids = dict(zip(classes, category_ids, strict=True))
+    labels = {ids[name]: label for label, name in enumerate(trained) if name in ids}
+    return [ids.get(name) for name in trained], labels
+
+
+def check_sizes(dataset, image_dir):
+    """Compare the size of every image with the file's header; DataError names the first that differs and their count.
+
+    dataset: as from `read_annotations`.
+    """
+    faults = []
+    for image in dataset["images"]:
+        try:
+            image_size(Path(image_dir) / image["file_name"], (image["height"], image["width"]))
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(f"{faults[0]}{_more(faults, 'images')}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: what has one meaning is taken, single annotations without an instance are left out, the rest is an error
+
+
+LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
+FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
+
+
+NO_BOX = [math.nan] * 4
+
+
+class EmptyShape(ValueError):
+    """An annotation encloses nothing."""
+
+
+def read_annotations(annotation_file, image_dir, need_annotations=True):
+    """Load and check a whole COCO annotation file; returns its dictionary in one form.
+
+    images        id int, file_id as the file has it, file_name relative to `image_dir`, height and width int
+    categories    id int, file_id, name
+    annotations   id 1...N in the order of the file, image_id, category_id and iscrowd int (1 also for `ignore`), area
+                  and bbox (x, y, width, height) also where the file has none; segmentation: polygons as float64 arrays
+                  or compressed RLE. (Forked loader processes share the parent's memory until they touch an object, so
+                  that lists of a million floats would be copied by each.)
+
+    Ids that are integers are kept (1, 1.0 and "1" are the same), texts are numbered. Annotations that enclose nothing
+    or belong to no image of the file are left out with a warning. With need_annotations=False a file without
+    annotations is fine. Raises DataError, which names the file and the first annotation or image in question.
     """
     gc.disable()  # millions of new lists, no cycles: the collector would need as long as the parser
     try:
-        return _read_annotations(annotation_file, image_dir)
+        dataset = _load(annotation_file, need_annotations)
+        for note in _normalise(dataset, image_dir, need_annotations):
+            warnings.warn(f"{annotation_file}: {note}", stacklevel=2)
+    except RecursionError:
+        raise DataError(f"{annotation_file}: is nested too deeply; give a COCO annotation file") from None
+    except DataError as error:
+        raise DataError(f"{annotation_file}: {error}") from None
     finally:
         gc.enable()
-
-
-def _read_annotations(annotation_file, image_dir):
-    try:
-        dataset = json.loads(Path(annotation_file).read_bytes())
-    except OSError as error:
-        raise DataError(f"{annotation_file}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise DataError(f"{annotation_file}: is not JSON ({error}); give a COCO annotation file") from None
-    for key in ("images", "annotations", "categories"):
-        entries = dataset.get(key) if isinstance(dataset, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(
-                f"{annotation_file}: is not in COCO format (no list of {key!r}); give a COCO annotation file"
-            )
-        if not entries:
-            raise DataError(f"{annotation_file}: the data set is empty (no {key}); give a file with some")
-    _check_entries(annotation_file, dataset, "categories", {"id": int, "name": str})
-    _check_entries(annotation_file, dataset, "images", {"id": int, "file_name": str, "height": int, "width": int})
-    _check_entries(annotation_file, dataset, "annotations", ANNOTATION_KEYS)
-
-    names = [image["file_name"] for image in dataset["images"]]
-    try:
-        present = set(os.listdir(image_dir))  # one listing instead of a system call per image
-    except OSError as error:
-        raise DataError(f"{image_dir}: not a readable image folder ({error.strerror}); check the path") from None
-    missing = [n for n in names if n not in present and not ("/" in n and (Path(image_dir) / n).is_file())]
-    if missing:
-        raise DataError(
-            f"{annotation_file}: {len(missing)} of {len(names)} images are not in {image_dir}, the first is"
-            f" {missing[0]}; check the image folder"
-        )
-
-    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
-    categories = {category["id"] for category in dataset["categories"]}
-    wrong, degenerate = {}, {}  # annotation id -> what is the matter
-    for annotation in dataset["annotations"]:
-        if annotation["image_id"] not in sizes:
-            wrong[annotation["id"]] = f"unknown image id {annotation['image_id']}"
-        elif annotation["category_id"] not in categories:
-            wrong[annotation["id"]] = f"unknown category id {annotation['category_id']}"
-        elif problem := _degenerate_geometry(annotation):
-            degenerate[annotation["id"]] = problem
-        elif problem := _pack_segmentation(annotation, *sizes[annotation["image_id"]]):
-            wrong[annotation["id"]] = problem
-    # COCO's own train2017 has a box without height or two among its 860,001 annotations. So degenerate shapes are an
-    # error, except where they are at most one in ten thousand: those are left out everywhere, with a warning.
-    if len(degenerate) * 10_000 > len(dataset["annotations"]):
-        wrong |= degenerate
-    elif degenerate:
-        first = next(iter(degenerate))
-        warnings.warn(
-            f"{annotation_file}: {len(degenerate)} degenerate annotation(s) left out, the first is annotation {first}:"
-            f" {degenerate[first]}",
-            stacklevel=4,
-        )
-        dataset["annotations"] = [a for a in dataset["annotations"] if a["id"] not in degenerate]
-    if wrong:
-        first = next(iter(wrong))
-        more = f" (and {len(wrong) - 1} more annotations with faults)" if len(wrong) > 1 else ""
-        raise DataError(f"{annotation_file}: annotation {first}: {wrong[first]}{more}; correct or remove it")
     return dataset
 
 
-ANNOTATION_KEYS = {
-    "id": int,
-    "image_id": int,
-    "category_id": int,
-    "bbox": list,
-    "segmentation": (list, dict),
-    "area": (int, float),
-    "iscrowd": int,
-}
-
-
-def _check_entries(annotation_file, dataset, key, types):
-    """Raise DataError unless the entries of dataset[key] have unique ids and these keys with values of these types."""
-    entries = dataset[key]
-    for name, kind in types.items():
-        # The few types that occur are quicker to collect than each entry is to judge.
-        if not all(issubclass(found, kind) for found in {type(entry.get(name)) for entry in entries}):
-            index, entry = next((i, e) for i, e in enumerate(entries) if not isinstance(e.get(name), kind))
-            what = "wrong" if name in entry else "no"
-            where = f"entry {index} of {key!r} (id {entry.get('id')})"
-            raise DataError(f"{annotation_file}: {where} has {what} {name!r}; correct the file")
-    ids = Counter(entry["id"] for entry in entries)
-    if len(ids) < len(entries):
-        [(twice, _)] = ids.most_common(1)
-        raise DataError(f"{annotation_file}: id {twice} occurs twice in {key!r}; make the ids unique")
-    if key == "images":
-        for entry in entries:
-            if not (entry["height"] > 0 and entry["width"] > 0):
-                raise DataError(f"{annotation_file}: image {entry['id']} has no area; correct its height and width")
-
-
-def _degenerate_geometry(annotation):
-    """Why this annotation encloses nothing: what is wrong with its box or polygons, or None."""
-    box, segmentation = annotation["bbox"], annotation["segmentation"]
+def _load(annotation_file, need_annotations):
     try:
-        x, y, w, h = box
-        if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):
-            return f"box {box} (x, y, width, height) has no area"
-    except (TypeError, ValueError):
-        return f"box {box} is not a list of four numbers"
-    if isinstance(segmentation, list):
-        if not segmentation:
-            return "no segmentation"
-        for polygon in segmentation:
-            if isinstance(polygon, list) and len(polygon) < 6:
-                return f"polygon with fewer than three points ({len(polygon)} numbers)"
+        dataset = json.loads(Path(annotation_file).read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(f"is not JSON ({error}); give a COCO annotation file") from None
+    if not isinstance(dataset, dict):
+        raise DataError(f"is not in COCO format ({_short(dataset)}, expected an object); give a COCO annotation file")
+    if not need_annotations:
+        dataset.setdefault("annotations", [])
+    for key in ("images", "categories", "annotations"):
+        entries = dataset.get(key)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"is not in COCO format ({key!r} is {_short(entries)}, expected a list of objects); give a"
+                            " COCO annotation file")  # fmt: skip
+        if not entries and (need_annotations or key != "annotations"):
+            raise DataError(f"the data set is empty (no {key}); give a file with some")
+    return dataset
+
+
+def _normalise(dataset, image_dir, need_annotations):
+    """Bring the dictionary into the form of `read_annotations`, in place; returns the warnings."""
+    notes = []
+    for category in dataset["categories"]:
+        if not isinstance(category.get("name"), str):
+            raise DataError(f"category {category.get('id')!r} has name {category.get('name')!r}, expected a text")
+    image_ids = _unique_ids(dataset, "images", ("file_name", "coco_url", "height", "width"), notes)
+    category_ids = _unique_ids(dataset, "categories", ("name",), notes)
+    _find_files(dataset["images"], image_dir, notes)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+
+    annotations, faults = _refer(dataset["annotations"], "image_id", image_ids)
+    _note(notes, faults, "annotation(s) of images that are not in the file left out")
+    annotations, faults = _refer(annotations, "category_id", category_ids)
+    _refuse(faults + [(annotation, why) for annotation in annotations if (why := _check_numbers(annotation))])
+    faults = [[], [], [], []]
+    for start in range(0, len(annotations), 10_000):
+        for kind, annotation, why in _check_geometry(annotations[start : start + 10_000], sizes):
+            faults[kind].append((annotation, why))
+    _refuse(faults[REFUSED])
+    _note(notes, faults[LEFT_OUT], "annotation(s) left out")
+    _note(notes, faults[TRIMMED], "annotation(s) with polygons that have no area, which are left out")
+    _note(notes, faults[MISFIT], "box(es) that do not fit their masks; bbox must be x, y, width, height")
+    left_out = {id(annotation) for annotation, _ in faults[LEFT_OUT]}
+    dataset["annotations"] = [a for a in annotations if id(a) not in left_out] if left_out else annotations
+    if need_annotations and not dataset["annotations"]:
+        raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
+    _unique_names(dataset, notes)
+    for number, annotation in enumerate(dataset["annotations"], start=1):
+        annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
+        if annotation["area"] is None:
+            annotation["area"] = _mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
+    return notes
+
+
+# --- messages
+
+
+def _note(notes, faults, what):
+    if faults:
+        annotation, why = faults[0]
+        notes.append(f"{len(faults)} {what}; the first is {_name(annotation)}: {why}")
+
+
+def _refuse(faults):
+    if faults:
+        annotation, why = faults[0]
+        raise DataError(f"{_name(annotation)}: {why}{_more(faults, 'annotations with faults')}; correct or remove it")
+
+
+def _name(annotation):
+    number, image = annotation.get("id"), annotation.get("image_id")
+    return f"an annotation of image {image} without id" if number is None else f"annotation {number}"
+
+
+def _more(faults, what):
+    return f" (and {len(faults) - 1} more {what})" if len(faults) > 1 else ""
+
+
+def _list(values):
+    values = [*map(repr, values)]
+    return ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+# --- ids, sizes, files
+
+
+def _integer(value):
+    """The integer that a JSON value means, 1 for 1, 1.0 and "1"; None where it means none."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,99})(\.0*)?\s*", value)):
+        return int(match[1])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _key(value, where):
+    """The form in which ids are compared: an integer or a text."""
+    number = _integer(value)
+    if number is None and not (value and isinstance(value, str)):
+        raise DataError(f"{where} {_short(value)}, expected an integer or a text; correct the file")
+    return value if number is None else number
+
+
+def _unique_ids(dataset, table, fields, notes):
+    """Keep one of equal entries of a table and give each an integer id; returns {id as it is compared: id}."""
+    entries, copies = {}, []
+    for index, entry in enumerate(dataset[table]):
+        key = _key(entry.get("id"), f"entry {index} of {table!r} has id")
+        first = entries.setdefault(key, entry)
+        if first is not entry:
+            copies.append(key)
+            for field in fields:
+                if first.get(field) != entry.get(field):
+                    raise DataError(f"id {key!r} occurs twice in {table!r}, with {field} {_short(first.get(field))} and"
+                                    f" {_short(entry.get(field))}; make the ids unique")  # fmt: skip
+    if copies:
+        notes.append(f"{len(copies)} of the {table} come twice and are taken once; the first has id {copies[0]!r}")
+    dataset[table] = list(entries.values())
+    # pycocotools sorts ids by NumPy, which makes texts of numbers among texts and floats of large ones.
+    keep = all(type(key) is int and abs(key) < 2**53 for key in entries)
+    ids = {key: key if keep else number for number, key in enumerate(entries, start=1)}
+    for key, entry in entries.items():
+        entry["file_id"], entry["id"] = entry["id"], ids[key]
+    return ids
+
+
+def _refer(annotations, field, ids):
+    """Put the ids of `_unique_ids` into a field; returns the annotations and [(annotation without one, why)]."""
+    found, faults = [], []
+    for annotation in annotations:
+        value = annotation.get(field)
+        number = ids.get(value if type(value) is int else _key(value, f"{_name(annotation)} has {field}"))
+        if number is None:
+            faults.append((annotation, f"unknown {field.replace('_', ' ')} {value!r}, expected one of {_list(ids)}"))
+        else:
+            annotation[field] = number
+            found.append(annotation)
+    return found, faults
+
+
+def _unique_names(dataset, notes):
+    """Drop categories without annotations that have the name of another, as Roboflow's placeholder 0 often has."""
+    used = {annotation["category_id"] for annotation in dataset["annotations"]}
+    kept, dropped = {}, []
+    for category in dataset["categories"]:
+        other = kept.setdefault(category["name"], category)
+        if other is category:
+            continue
+        if other["id"] in used and category["id"] in used:
+            raise DataError(f"categories {other['file_id']!r} and {category['file_id']!r} both have the name"
+                            f" {category['name']!r}; rename one, or give their annotations one id")  # fmt: skip
+        if other["id"] not in used:
+            other, category = category, other
+        kept[other["name"]] = other
+        dropped.append(category)
+    if dropped:
+        notes.append(f"{len(dropped)} categories without annotations, of the same name as another, left out; the first"
+                     f" is category {dropped[0]['file_id']!r}: {dropped[0]['name']!r}")  # fmt: skip
+        dataset["categories"] = list(kept.values())
+
+
+def _find_files(images, image_dir, notes):
+    """Set file_name to where the image is in the folder, height and width to integers, from the file where unknown."""
+    try:
+        present = set(os.listdir(image_dir))  # one listing instead of a system call per image
+    except OSError as error:
+        raise DataError(f"{image_dir} is not a readable image folder ({error.strerror}); check the path") from None
+    missing, again, files = [], [], {}
+    for image in images:
+        given = image.get("file_name") or image.get("coco_url")
+        if not isinstance(given, str):
+            raise DataError(f"image {image['file_id']!r} has file_name {given!r}, expected the name of an image file")
+        name = given
+        if name not in present:  # a path, perhaps of another machine: as much of its end as is here
+            parts = given.replace("\\", "/").split("/")
+            ends = [given] + ["/".join(parts[i:]) for i in range(len(parts))]
+            name = next((end for end in ends if os.path.isfile(os.path.join(image_dir, end))), None)
+        if name is None:
+            missing.append(given)
+            continue
+        image["file_name"] = name
+        size = [_pixels(image, field) for field in ("height", "width")]
+        image["height"], image["width"] = image_size(os.path.join(image_dir, name), size) if None in size else size
+        if (other := files.setdefault(name, given)) is not given:
+            if other != given:
+                raise DataError(f"images {other!r} and {given!r} would both be {name!r} in {image_dir}; give the folder"
+                                " that has them all")  # fmt: skip
+            again.append(name)
+    if missing:
+        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is {missing[0]};"
+                        " check the image folder")  # fmt: skip
+    if again:
+        notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
+
+
+def _pixels(image, field):
+    """Height or width as an integer; None where it is missing or -1."""
+    value = image.get(field)
+    number = -1 if value is None else _integer(value)
+    if number == -1:
+        return None
+    if number is None or not 0 < number < 2**31:
+        raise DataError(f"image {image['file_id']!r} has {field} {_short(value)}, expected a positive integer")
+    return number
+
+
+def _check_numbers(annotation):
+    """Bring iscrowd and area into one form; returns what is wrong with them, or None."""
+    try:
+        annotation["iscrowd"] = max(FLAGS[annotation.get("iscrowd")], FLAGS[annotation.get("ignore")])
+    except (KeyError, TypeError):
+        values = " and ".join(f"{key} {_short(annotation[key])}" for key in ("iscrowd", "ignore") if key in annotation)
+        return f"{values}, expected 0 or 1"
+    area = annotation.get("area")
+    if area is not None and type(area) not in (int, float):
+        return f"area {_short(area)}, expected a number of pixels"
+    if area is None or not 0 < area < math.inf:
+        annotation["area"] = None  # until the mask is known to be good
     return None
 
 
-def _pack_segmentation(annotation, height, width):
-    """Replace polygons by arrays and uncompressed by compressed RLE in place; returns what is wrong, or None."""
-    segmentation = annotation["segmentation"]
+# --- masks and boxes
+
+
+def _check_geometry(annotations, sizes):
+    """Bring segmentation and bbox of some annotations into one form, in place; yields (kind of fault, annotation, why).
+
+    Numbers are compared for all of them at once: one by one takes as long as reading the file.
+    """
+    limits = np.array([sizes[annotation["image_id"]][::-1] * 2 for annotation in annotations], dtype=float)
+    bounds = np.full_like(limits, np.nan)  # x0, y0, x1, y1 of the masks
+    boxes, polygons, owners = array("d"), [], []
+    faults = {}  # index of an annotation: (kind, why)
+    for index, annotation in enumerate(annotations):
+        box = NO_BOX
+        try:
+            shape = annotation["segmentation"] = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+            box = _box(annotation.get("bbox"))
+            if isinstance(shape, dict):
+                bounds[index] = mask_utils.toBbox(shape)
+                bounds[index, 2:] += bounds[index, :2]
+            polygons += shape if isinstance(shape, list) else []
+            owners += [index] * (len(polygons) - len(owners))
+        except EmptyShape as error:
+            faults[index] = LEFT_OUT, error
+        except DataError as error:
+            faults[index] = REFUSED, error
+        boxes.extend(box)
+    flat = _measure_polygons(polygons, np.array(owners, dtype=np.int64), bounds)
+    for index in sorted({owners[i] for i in flat}):
+        mine = [i for i, owner in enumerate(owners) if owner == index]
+        annotations[index]["segmentation"] = kept = [polygons[i] for i in mine if i not in flat]
+        first = _short(polygons[next(i for i in mine if i in flat)].tolist())
+        why = f"polygon {first} without area, expected three points or more, not on one line"
+        if kept:
+            yield TRIMMED, annotations[index], why
+        else:
+            faults[index] = LEFT_OUT, why
+
+    boxes = np.array(boxes).reshape(-1, 4)
+    with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
+        far = ~(np.abs(bounds).max(1) <= 10 * limits.sum(1))  # the rasteriser walks along every edge
+        inside = np.clip(bounds, 0, limits)
+        outside = ~(inside[:, 2:] > inside[:, :2]).all(1)
+        missing = np.isnan(boxes).all(1)
+        boxes[missing] = np.hstack([inside[:, :2], inside[:, 2:] - inside[:, :2]])[missing]
+        empty = ~((boxes[:, 2:] > 0) & np.isfinite(boxes[:, :2] + boxes[:, 2:])).all(1)
+        misfit = _overlap(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), inside) < 0.5
+    for index in np.flatnonzero(missing):
+        annotations[index]["bbox"] = boxes[index].tolist()
+    for found, kind, why in (
+        (far, REFUSED, "polygon with coordinates far outside its {size} image, {mask}"),
+        (outside, LEFT_OUT, "its mask lies outside its {size} image, {mask}"),
+        (empty, LEFT_OUT, "box {box} (x, y, width, height) has no area"),
+        (misfit, MISFIT, "box {box}, but its mask has {mask}"),
+    ):
+        for index in np.flatnonzero(found):
+            width, height = limits[index, :2].astype(int)
+            mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[index])
+            why = why.format(size=f"{width}x{height}", mask=mask, box=_short(annotations[index]["bbox"]))
+            faults.setdefault(index, (kind, why))
+    for index in sorted(faults):
+        yield faults[index][0], annotations[index], faults[index][1]
+
+
+def _measure_polygons(polygons, owners, bounds):
+    """Set x0, y0, x1, y1 in bounds[owner] of each polygon; returns the indices of polygons without area, left out."""
+    if not polygons:
+        return set()
+    points = np.frombuffer(b"".join(polygons)).reshape(-1, 2)
+    ends = np.cumsum([len(polygon) // 2 for polygon in polygons])
+    starts = np.concatenate([[0], ends[:-1]])
+    following = np.arange(1, len(points) + 1)
+    following[ends - 1] = starts
+    x, y = points.T.copy()
+    with np.errstate(all="ignore"):
+        areas = np.add.reduceat(x * y[following] - x[following] * y, starts)
+    # A figure of eight has no signed area either; what lies on a line is worse.
+    flat = {i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(points[starts[i] : ends[i]])}
+    solid = np.ones(len(polygons), bool)
+    solid[list(flat)] = False
+    if solid.any():
+        having, first = np.unique(owners[solid], return_index=True)
+        for side, (axis, ufunc) in enumerate(((x, np.minimum), (y, np.minimum), (x, np.maximum), (y, np.maximum))):
+            bounds[having, side] = ufunc.reduceat(ufunc.reduceat(axis, starts)[solid], first)
+    return flat
+
+
+def _on_line(points):
+    return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
+
+
+def _overlap(a, b):
+    """IoU of boxes (n, 4) x0, y0, x1, y1, each a pixel larger on all sides: what rounding can do is no fault."""
+    edge = np.array([-1, -1, 1, 1])
+    a, b = a + edge, b + edge
+    common = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    common, *areas = (sides.clip(0).prod(1) for sides in (common, a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]))
+    return common / (sum(areas) - common)
+
+
+def _box(box):
+    """The box as four numbers, NaN where there is none."""
+    if box is None or box == []:
+        return NO_BOX
+    try:
+        numbers = array("d", box)
+    except (TypeError, OverflowError):
+        numbers = []
+    if len(numbers) != 4:
+        raise DataError(f"box {_short(box)} (x, y, width, height) is not a list of four numbers")
+    return numbers
+
+
+def _shape(segmentation, height, width):
+    """Polygons as arrays, or compressed RLE; DataError for what is neither."""
+    if isinstance(segmentation, dict):
+        return _rle(segmentation, height, width)
+    try:
+        polygons = [array("d", polygon) for polygon in segmentation]
+        if all(len(polygon) == 2 for polygon in polygons):
+            polygons = _polygons(segmentation)
+    except (TypeError, OverflowError):
+        polygons = _polygons(segmentation)
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise DataError(f"polygon with an odd number of coordinates ({len(polygon)})")
+    return polygons
+
+
+def _polygons(segmentation):
+    """Polygons of a list of polygons, of one polygon, or of one or several lists of [x, y] points."""
+    if segmentation is None or segmentation == []:
+        raise EmptyShape("no segmentation")
     if isinstance(segmentation, list):
         try:
-            for polygon in segmentation:
-                if len(polygon) % 2:
-                    return f"polygon with an odd number of coordinates ({len(polygon)})"
-                # The rasteriser walks along every edge: one absurd coordinate would take all memory. (NaN fails too.)
-                if not sum(map(abs, polygon)) <= len(polygon) * (height + width):
-                    return f"polygon with coordinates far outside its {width}x{height} image"
-            annotation["segmentation"] = [array("d", polygon) for polygon in segmentation]
-        except TypeError:
-            return "a polygon is not a flat list of numbers"
-        return None
+            if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
+                return [array("d", chain(*segmentation))]
+            if not any(isinstance(number, list) for number in segmentation):
+                return [array("d", segmentation)]
+            return [polygon for inner in segmentation if inner != [] for polygon in _polygons(inner)]
+        except (TypeError, OverflowError):
+            pass
+    raise DataError(f"segmentation {_short(segmentation)} is neither RLE nor polygons (lists of x, y, x, y, ...)")
 
+
+def _rle(segmentation, height, width):
+    """The compressed form of checked RLE."""
     counts = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
-        return f"RLE of size {segmentation.get('size')}, but its image is {[height, width]} (height, width)"
+        raise DataError(f"RLE of size {_short(segmentation.get('size'))}, but its image is {[height, width]} (height,"
+                        " width)")  # fmt: skip
     try:
-        runs = np.array(array("q", counts)) if isinstance(counts, list) else _runs(counts)
+        runs = np.array(counts) if isinstance(counts, list) else _runs(counts)
+        if runs.dtype.kind not in "if" or not (runs % 1 == 0).all():
+            raise ValueError("not integers")
     except (TypeError, ValueError, OverflowError):
-        return "RLE with malformed counts"
+        raise DataError(f"RLE with malformed counts {_short(counts)}") from None
     if (runs < 0).any() or runs.sum() != height * width:
-        return f"RLE whose counts do not add up to the {height * width} pixels of its image"
+        raise DataError(f"RLE whose counts do not add up to the {height * width} pixels of its image")
+    if not runs[1::2].any():
+        raise EmptyShape("RLE without a pixel")
     if isinstance(counts, list):
-        annotation["segmentation"] = mask_utils.frPyObjects(segmentation, height, width)
-    return None
+        segmentation = {"size": [height, width], "counts": runs.astype(int).tolist()}
+        return mask_utils.frPyObjects(segmentation, height, width)
+    return {"size": [height, width], "counts": counts}
 
 
 def _runs(counts):
@@ -208,4 +538,7 @@ def _runs(counts):
     return runs
 
 
-BDD100K_CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # category 1...8
+def _mask_area(segmentation, height, width):
+    if isinstance(segmentation, list):
+        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    return float(mask_utils.area(segmentation))
