@@ -6,14 +6,10 @@ import math
 import os
 import re
 import warnings
-from array import array
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-from pycocotools import mask as mask_utils
-
-from images import DataError, image_size
+from images import DataError, image_size, short
+from segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the files are, and what belongs together
@@ -83,15 +79,7 @@ def check_sizes(dataset, image_dir):
 # Reading: what has one meaning is taken, single annotations without an instance are left out, the rest is an error
 
 
-LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
 FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
-
-
-NO_BOX = [math.nan] * 4
-
-
-class EmptyShape(ValueError):
-    """An annotation encloses nothing."""
 
 
 def read_annotations(annotation_file, image_dir, need_annotations=True):
@@ -130,13 +118,13 @@ def _load(annotation_file, need_annotations):
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise DataError(f"is not JSON ({error}); give a COCO annotation file") from None
     if not isinstance(dataset, dict):
-        raise DataError(f"is not in COCO format ({_short(dataset)}, expected an object); give a COCO annotation file")
+        raise DataError(f"is not in COCO format ({short(dataset)}, expected an object); give a COCO annotation file")
     if not need_annotations:
         dataset.setdefault("annotations", [])
     for key in ("images", "categories", "annotations"):
         entries = dataset.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"is not in COCO format ({key!r} is {_short(entries)}, expected a list of objects); give a"
+            raise DataError(f"is not in COCO format ({key!r} is {short(entries)}, expected a list of objects); give a"
                             " COCO annotation file")  # fmt: skip
         if not entries and (need_annotations or key != "annotations"):
             raise DataError(f"the data set is empty (no {key}); give a file with some")
@@ -157,10 +145,10 @@ def _normalise(dataset, image_dir, need_annotations):
     annotations, faults = _refer(dataset["annotations"], "image_id", image_ids)
     _note(notes, faults, "annotation(s) of images that are not in the file left out")
     annotations, faults = _refer(annotations, "category_id", category_ids)
-    _refuse(faults + [(annotation, why) for annotation in annotations if (why := _check_numbers(annotation))])
+    _refuse(faults or _check_numbers(annotations))
     faults = [[], [], [], []]
     for start in range(0, len(annotations), 10_000):
-        for kind, annotation, why in _check_geometry(annotations[start : start + 10_000], sizes):
+        for kind, annotation, why in check_segmentations(annotations[start : start + 10_000], sizes):
             faults[kind].append((annotation, why))
     _refuse(faults[REFUSED])
     _note(notes, faults[LEFT_OUT], "annotation(s) left out")
@@ -174,7 +162,7 @@ def _normalise(dataset, image_dir, need_annotations):
     for number, annotation in enumerate(dataset["annotations"], start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
         if annotation["area"] is None:
-            annotation["area"] = _mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
+            annotation["area"] = mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
     return notes
 
 
@@ -207,11 +195,6 @@ def _list(values):
     return ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 # --- ids, sizes, files
 
 
@@ -228,7 +211,7 @@ def _key(value, where):
     """The form in which ids are compared: an integer or a text."""
     number = _integer(value)
     if number is None and not (value and isinstance(value, str)):
-        raise DataError(f"{where} {_short(value)}, expected an integer or a text; correct the file")
+        raise DataError(f"{where} {short(value)}, expected an integer or a text; correct the file")
     return value if number is None else number
 
 
@@ -242,8 +225,8 @@ def _unique_ids(dataset, table, fields, notes):
             copies.append(key)
             for field in fields:
                 if first.get(field) != entry.get(field):
-                    raise DataError(f"id {key!r} occurs twice in {table!r}, with {field} {_short(first.get(field))} and"
-                                    f" {_short(entry.get(field))}; make the ids unique")  # fmt: skip
+                    raise DataError(f"id {key!r} occurs twice in {table!r}, with {field} {short(first.get(field))} and"
+                                    f" {short(entry.get(field))}; make the ids unique")  # fmt: skip
     if copies:
         notes.append(f"{len(copies)} of the {table} come twice and are taken once; the first has id {copies[0]!r}")
     dataset[table] = list(entries.values())
@@ -258,6 +241,9 @@ def _unique_ids(dataset, table, fields, notes):
 def _refer(annotations, field, ids):
     """Put the ids of `_unique_ids` into a field; returns the annotations and [(annotation without one, why)]."""
     found, faults = [], []
+    values = [annotation.get(field) for annotation in annotations]
+    if set(map(type, values)) == {int} and all(ids.get(value) == value for value in set(values)):
+        return annotations, []
     for annotation in annotations:
         value = annotation.get(field)
         number = ids.get(value if type(value) is int else _key(value, f"{_name(annotation)} has {field}"))
@@ -331,214 +317,22 @@ def _pixels(image, field):
     if number == -1:
         return None
     if number is None or not 0 < number < 2**31:
-        raise DataError(f"image {image['file_id']!r} has {field} {_short(value)}, expected a positive integer")
+        raise DataError(f"image {image['file_id']!r} has {field} {short(value)}, expected a positive integer")
     return number
 
 
-def _check_numbers(annotation):
-    """Bring iscrowd and area into one form; returns what is wrong with them, or None."""
-    try:
-        annotation["iscrowd"] = max(FLAGS[annotation.get("iscrowd")], FLAGS[annotation.get("ignore")])
-    except (KeyError, TypeError):
-        values = " and ".join(f"{key} {_short(annotation[key])}" for key in ("iscrowd", "ignore") if key in annotation)
-        return f"{values}, expected 0 or 1"
-    area = annotation.get("area")
-    if area is not None and type(area) not in (int, float):
-        return f"area {_short(area)}, expected a number of pixels"
-    if area is None or not 0 < area < math.inf:
-        annotation["area"] = None  # until the mask is known to be good
-    return None
-
-
-# --- masks and boxes
-
-
-def _check_geometry(annotations, sizes):
-    """Bring segmentation and bbox of some annotations into one form, in place; yields (kind of fault, annotation, why).
-
-    Numbers are compared for all of them at once: one by one takes as long as reading the file.
-    """
-    limits = np.array([sizes[annotation["image_id"]][::-1] * 2 for annotation in annotations], dtype=float)
-    bounds = np.full_like(limits, np.nan)  # x0, y0, x1, y1 of the masks
-    boxes, polygons, owners = array("d"), [], []
-    faults = {}  # index of an annotation: (kind, why)
-    for index, annotation in enumerate(annotations):
-        box = NO_BOX
+def _check_numbers(annotations):
+    """Bring iscrowd and area into one form, an area that is not there to None; returns [(annotation, why not)]."""
+    faults = []
+    for annotation in annotations:
         try:
-            shape = annotation["segmentation"] = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
-            box = _box(annotation.get("bbox"))
-            if isinstance(shape, dict):
-                bounds[index] = mask_utils.toBbox(shape)
-                bounds[index, 2:] += bounds[index, :2]
-            polygons += shape if isinstance(shape, list) else []
-            owners += [index] * (len(polygons) - len(owners))
-        except EmptyShape as error:
-            faults[index] = LEFT_OUT, error
-        except DataError as error:
-            faults[index] = REFUSED, error
-        boxes.extend(box)
-    flat = _measure_polygons(polygons, np.array(owners, dtype=np.int64), bounds)
-    for index in sorted({owners[i] for i in flat}):
-        mine = [i for i, owner in enumerate(owners) if owner == index]
-        annotations[index]["segmentation"] = kept = [polygons[i] for i in mine if i not in flat]
-        first = _short(polygons[next(i for i in mine if i in flat)].tolist())
-        why = f"polygon {first} without area, expected three points or more, not on one line"
-        if kept:
-            yield TRIMMED, annotations[index], why
-        else:
-            faults[index] = LEFT_OUT, why
-
-    boxes = np.array(boxes).reshape(-1, 4)
-    with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
-        far = ~(np.abs(bounds).max(1) <= 10 * limits.sum(1))  # the rasteriser walks along every edge
-        inside = np.clip(bounds, 0, limits)
-        outside = ~(inside[:, 2:] > inside[:, :2]).all(1)
-        missing = np.isnan(boxes).all(1)
-        boxes[missing] = np.hstack([inside[:, :2], inside[:, 2:] - inside[:, :2]])[missing]
-        empty = ~((boxes[:, 2:] > 0) & np.isfinite(boxes[:, :2] + boxes[:, 2:])).all(1)
-        misfit = _overlap(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), inside) < 0.5
-    for index in np.flatnonzero(missing):
-        annotations[index]["bbox"] = boxes[index].tolist()
-    for found, kind, why in (
-        (far, REFUSED, "polygon with coordinates far outside its {size} image, {mask}"),
-        (outside, LEFT_OUT, "its mask lies outside its {size} image, {mask}"),
-        (empty, LEFT_OUT, "box {box} (x, y, width, height) has no area"),
-        (misfit, MISFIT, "box {box}, but its mask has {mask}"),
-    ):
-        for index in np.flatnonzero(found):
-            width, height = limits[index, :2].astype(int)
-            mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[index])
-            why = why.format(size=f"{width}x{height}", mask=mask, box=_short(annotations[index]["bbox"]))
-            faults.setdefault(index, (kind, why))
-    for index in sorted(faults):
-        yield faults[index][0], annotations[index], faults[index][1]
-
-
-def _measure_polygons(polygons, owners, bounds):
-    """Set x0, y0, x1, y1 in bounds[owner] of each polygon; returns the indices of polygons without area, left out."""
-    if not polygons:
-        return set()
-    points = np.frombuffer(b"".join(polygons)).reshape(-1, 2)
-    ends = np.cumsum([len(polygon) // 2 for polygon in polygons])
-    starts = np.concatenate([[0], ends[:-1]])
-    following = np.arange(1, len(points) + 1)
-    following[ends - 1] = starts
-    x, y = points.T.copy()
-    with np.errstate(all="ignore"):
-        areas = np.add.reduceat(x * y[following] - x[following] * y, starts)
-    # A figure of eight has no signed area either; what lies on a line is worse.
-    flat = {i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(points[starts[i] : ends[i]])}
-    solid = np.ones(len(polygons), bool)
-    solid[list(flat)] = False
-    if solid.any():
-        having, first = np.unique(owners[solid], return_index=True)
-        for side, (axis, ufunc) in enumerate(((x, np.minimum), (y, np.minimum), (x, np.maximum), (y, np.maximum))):
-            bounds[having, side] = ufunc.reduceat(ufunc.reduceat(axis, starts)[solid], first)
-    return flat
-
-
-def _on_line(points):
-    return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
-
-
-def _overlap(a, b):
-    """IoU of boxes (n, 4) x0, y0, x1, y1, each a pixel larger on all sides: what rounding can do is no fault."""
-    edge = np.array([-1, -1, 1, 1])
-    a, b = a + edge, b + edge
-    common = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    common, *areas = (sides.clip(0).prod(1) for sides in (common, a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]))
-    return common / (sum(areas) - common)
-
-
-def _box(box):
-    """The box as four numbers, NaN where there is none."""
-    if box is None or box == []:
-        return NO_BOX
-    try:
-        numbers = array("d", box)
-    except (TypeError, OverflowError):
-        numbers = []
-    if len(numbers) != 4:
-        raise DataError(f"box {_short(box)} (x, y, width, height) is not a list of four numbers")
-    return numbers
-
-
-def _shape(segmentation, height, width):
-    """Polygons as arrays, or compressed RLE; DataError for what is neither."""
-    if isinstance(segmentation, dict):
-        return _rle(segmentation, height, width)
-    try:
-        polygons = [array("d", polygon) for polygon in segmentation]
-        if all(len(polygon) == 2 for polygon in polygons):
-            polygons = _polygons(segmentation)
-    except (TypeError, OverflowError):
-        polygons = _polygons(segmentation)
-    for polygon in polygons:
-        if len(polygon) % 2:
-            raise DataError(f"polygon with an odd number of coordinates ({len(polygon)})")
-    return polygons
-
-
-def _polygons(segmentation):
-    """Polygons of a list of polygons, of one polygon, or of one or several lists of [x, y] points."""
-    if segmentation is None or segmentation == []:
-        raise EmptyShape("no segmentation")
-    if isinstance(segmentation, list):
-        try:
-            if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
-                return [array("d", chain(*segmentation))]
-            if not any(isinstance(number, list) for number in segmentation):
-                return [array("d", segmentation)]
-            return [polygon for inner in segmentation if inner != [] for polygon in _polygons(inner)]
-        except (TypeError, OverflowError):
-            pass
-    raise DataError(f"segmentation {_short(segmentation)} is neither RLE nor polygons (lists of x, y, x, y, ...)")
-
-
-def _rle(segmentation, height, width):
-    """The compressed form of checked RLE."""
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
-        raise DataError(f"RLE of size {_short(segmentation.get('size'))}, but its image is {[height, width]} (height,"
-                        " width)")  # fmt: skip
-    try:
-        runs = np.array(counts) if isinstance(counts, list) else _runs(counts)
-        if runs.dtype.kind not in "if" or not (runs % 1 == 0).all():
-            raise ValueError("not integers")
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"RLE with malformed counts {_short(counts)}") from None
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise DataError(f"RLE whose counts do not add up to the {height * width} pixels of its image")
-    if not runs[1::2].any():
-        raise EmptyShape("RLE without a pixel")
-    if isinstance(counts, list):
-        segmentation = {"size": [height, width], "counts": runs.astype(int).tolist()}
-        return mask_utils.frPyObjects(segmentation, height, width)
-    return {"size": [height, width], "counts": counts}
-
-
-def _runs(counts):
-    """Run lengths (int64 array) of compressed RLE counts (str or bytes); ValueError or TypeError if malformed.
-
-    pycocotools reads past the end of a malformed string, so it must not see one. The format: base 32, five bits to a
-    character from "0" on, the least significant first, bit 5 = more follow, bit 4 of the last = negative; from the
-    fourth run on the number is the difference to the run two before.
-    """
-    counts = counts.encode("ascii") if isinstance(counts, str) else counts
-    if not re.fullmatch(rb"(?:[P-o]{0,6}[0-O])+", counts):
-        raise ValueError("not an RLE string")
-    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(digits < 32)  # of every number
-    first = np.concatenate([[0], last[:-1] + 1])
-    place = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
-    runs = np.add.reduceat((digits & 31) << place, first)
-    runs -= np.where(digits[last] & 16, 32 << place[last], 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
-def _mask_area(segmentation, height, width):
-    if isinstance(segmentation, list):
-        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-    return float(mask_utils.area(segmentation))
+            annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
+        except (KeyError, TypeError):
+            flags = f"iscrowd {short(annotation.get('iscrowd'))}, ignore {short(annotation.get('ignore'))}"
+            faults.append((annotation, f"{flags}, expected 0 or 1"))
+        area = annotation.get("area")
+        if area is not None and type(area) not in (int, float):
+            faults.append((annotation, f"area {short(area)}, expected a number of pixels"))
+        elif area is None or not 0 < area < math.inf:
+            annotation["area"] = None
+    return faults

@@ -16,6 +16,12 @@ class DataError(ValueError):
         return super().__str__().rstrip().split("\n")[-1].removeprefix(f"{__name__}.DataError: ")
 
 
+def short(value):
+    """A value for a message: what Python shows of it, at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 # What PIL's decoders raise on damaged files.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error,
                   Image.DecompressionBombError)  # fmt: skip
