@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from itertools import islice
 from pathlib import Path
 
 from images import DataError, image_size, short
@@ -78,7 +79,6 @@ def check_sizes(dataset, image_dir):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: what has one meaning is taken, single annotations without an instance are left out, the rest is an error
 
-
 FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
 
 
@@ -147,8 +147,8 @@ def _normalise(dataset, image_dir, need_annotations):
     annotations, faults = _refer(annotations, "category_id", category_ids)
     _refuse(faults or _check_numbers(annotations))
     faults = [[], [], [], []]
-    for start in range(0, len(annotations), 10_000):
-        for kind, annotation, why in check_segmentations(annotations[start : start + 10_000], sizes):
+    for start in range(0, len(annotations), 2_000):
+        for kind, annotation, why in check_segmentations(annotations[start : start + 2_000], sizes):
             faults[kind].append((annotation, why))
     _refuse(faults[REFUSED])
     _note(notes, faults[LEFT_OUT], "annotation(s) left out")
@@ -191,8 +191,7 @@ def _more(faults, what):
 
 
 def _list(values):
-    values = [*map(repr, values)]
-    return ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
+    return ", ".join(map(repr, islice(values, 10))) + (", ..." if len(values) > 10 else "")
 
 
 # --- ids, sizes, files
@@ -258,22 +257,18 @@ def _refer(annotations, field, ids):
 def _unique_names(dataset, notes):
     """Drop categories without annotations that have the name of another, as Roboflow's placeholder 0 often has."""
     used = {annotation["category_id"] for annotation in dataset["annotations"]}
-    kept, dropped = {}, []
-    for category in dataset["categories"]:
-        other = kept.setdefault(category["name"], category)
-        if other is category:
-            continue
-        if other["id"] in used and category["id"] in used:
+    names = {}
+    for category in sorted(dataset["categories"], key=lambda category: category["id"] in used):  # so that these stay
+        other = names.get(category["name"])
+        if other and other["id"] in used:
             raise DataError(f"categories {other['file_id']!r} and {category['file_id']!r} both have the name"
                             f" {category['name']!r}; rename one, or give their annotations one id")  # fmt: skip
-        if other["id"] not in used:
-            other, category = category, other
-        kept[other["name"]] = other
-        dropped.append(category)
+        names[category["name"]] = category
+    dropped = [category for category in dataset["categories"] if names[category["name"]] is not category]
     if dropped:
         notes.append(f"{len(dropped)} categories without annotations, of the same name as another, left out; the first"
                      f" is category {dropped[0]['file_id']!r}: {dropped[0]['name']!r}")  # fmt: skip
-        dataset["categories"] = list(kept.values())
+        dataset["categories"] = list(names.values())
 
 
 def _find_files(images, image_dir, notes):
@@ -298,11 +293,11 @@ def _find_files(images, image_dir, notes):
         image["file_name"] = name
         size = [_pixels(image, field) for field in ("height", "width")]
         image["height"], image["width"] = image_size(os.path.join(image_dir, name), size) if None in size else size
-        if (other := files.setdefault(name, given)) is not given:
-            if other != given:
-                raise DataError(f"images {other!r} and {given!r} would both be {name!r} in {image_dir}; give the folder"
-                                " that has them all")  # fmt: skip
-            again.append(name)
+        if files.get(name, given) != given:
+            raise DataError(f"images {files[name]!r} and {given!r} would both be {name!r} in {image_dir}; give the"
+                            " folder that has them all")  # fmt: skip
+        again += [name] if name in files else []
+        files[name] = given
     if missing:
         raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is {missing[0]};"
                         " check the image folder")  # fmt: skip

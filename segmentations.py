@@ -2,6 +2,7 @@
 
 import re
 from array import array
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -10,6 +11,7 @@ from pycocotools import mask as mask_utils
 from images import DataError, short
 
 LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
+DOUBLES = partial(array, "d")
 
 
 class EmptyShape(ValueError):
@@ -29,7 +31,7 @@ def check_segmentations(annotations, sizes):
     bounds = np.full((len(annotations), 2, 2), np.nan)  # of the masks: x0, y0 and x1, y1
     for index, annotation in enumerate(annotations):
         try:
-            shape = [array("d", polygon) for polygon in annotation["segmentation"]]
+            shape = list(map(DOUBLES, annotation["segmentation"]))
             plain = min(map(len, shape)) >= 6
         except (KeyError, TypeError, ValueError, OverflowError):
             plain = False
@@ -57,8 +59,8 @@ def check_segmentations(annotations, sizes):
     if all(kind != REFUSED for kind, _ in faults.values()):
         if polygons:
             _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
-        limits = np.array([sizes[annotation["image_id"]] for annotation in annotations], dtype=float)[:, ::-1]
-        _compare(annotations, limits, bounds, boxes, faults)
+        limits = array("d", chain.from_iterable(sizes[annotation["image_id"]] for annotation in annotations))
+        _compare(annotations, np.array(limits).reshape(-1, 2)[:, ::-1], bounds, boxes, faults)
     return [(kind, annotations[index], why) for index, (kind, why) in sorted(faults.items())]
 
 
@@ -103,10 +105,10 @@ def _boxes(annotations, faults):
     """The boxes (n, 2, 2): x, y and width, height, NaN where there is none."""
     boxes = [annotation.get("bbox") for annotation in annotations]
     try:
-        numbers = np.array(boxes)
-    except ValueError:  # of several lengths
-        numbers = np.empty(0)
-    if numbers.shape != (len(boxes), 4) or numbers.dtype.kind not in "if":
+        numbers = array("d", chain.from_iterable(boxes)) if set(map(len, boxes)) == {4} else None
+    except (TypeError, OverflowError):
+        numbers = None
+    if numbers is None:
         numbers = np.full((len(boxes), 4), np.nan)
         for index, box in enumerate(boxes):
             try:
@@ -114,7 +116,7 @@ def _boxes(annotations, faults):
             except (TypeError, ValueError, OverflowError):
                 why = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
                 faults.setdefault(index, (REFUSED, why))
-    return numbers.astype(float).reshape(-1, 2, 2)
+    return np.array(numbers).reshape(-1, 2, 2)
 
 
 def _compare(annotations, limits, bounds, boxes, faults):
