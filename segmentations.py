@@ -150,15 +150,16 @@ def _compare(annotations, limits, bounds, boxes, faults):
 
 def _shape(segmentation, height, width):
     """Polygons as arrays or compressed RLE of a segmentation in any form; DataError for what is neither."""
-    if segmentation is None or segmentation == []:
-        raise EmptyShape("no segmentation")
     if isinstance(segmentation, dict):
         return _rle(segmentation, height, width)
     try:
-        return _polygons(segmentation)
+        polygons = _polygons([] if segmentation is None else segmentation)
     except (TypeError, OverflowError):
         expected = "expected RLE or polygons, lists of x, y, x, y, ..."
         raise DataError(f"segmentation {short(segmentation)}, {expected}") from None
+    if not polygons:
+        raise EmptyShape("no segmentation")
+    return polygons
 
 
 def _polygons(segmentation):
