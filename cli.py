@@ -104,7 +104,7 @@ def gather(value):
 
 
 def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and status 1, warnings take one each."""
+    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1; warnings take one."""
     program = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:

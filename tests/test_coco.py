@@ -195,7 +195,7 @@ def test_a_height_without_a_width_must_fit_the_file(tmp_path):
 
 
 NAMES = {"1.png": "1.png", "images\\1.png": "1.png", "C:\\data\\images\\1.png": "1.png", "/home/me/1.png": "1.png",
-         "sub/3.png": "sub/3.png", "sub\\3.png": "sub/3.png", "train/sub/3.png": "sub/3.png", "./1.png": "./1.png"}  # fmt: skip
+         "sub/3.png": "sub/3.png", "sub\\3.png": "sub/3.png", "train/sub/3.png": "sub/3.png"}  # fmt: skip
 
 
 @pytest.mark.parametrize("given", NAMES)
@@ -207,8 +207,7 @@ def test_images_are_found_by_as_much_of_their_path_as_is_there(tmp_path, given, 
     arguments = write(tmp_path, content)
     (tmp_path / "images" / "sub").mkdir()
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / "sub" / "3.png")
-    found = read(arguments)["images"][0]["file_name"]
-    assert found.removeprefix("./") == NAMES[given].removeprefix("./")
+    assert read(arguments)["images"][0]["file_name"] == NAMES[given]
 
 
 def test_encodings_of_json(tmp_path):
@@ -364,7 +363,7 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "no annotations": (set_table("annotations", []), "empty"),
     "no categories": (set_table("categories", []), "empty"),
     "images not a list": (set_table("images", {"1": {}}), "not in COCO format .'images' is {'1': {}}, expected a list"),
-    "annotation not an object": (set_table("annotations", [1]), r"not in COCO format .* is \[1\], expected a list of o"),
+    "annotation not an object": (set_table("annotations", [1]), r"not in COCO format .* is \[1\], expected a list of"),
     "annotations missing": (lambda content: content.pop("annotations"), "not in COCO format"),
     "categories missing": (lambda content: content.pop("categories"), "'categories' is None, expected a list"),
     "unknown category": (changed(category_id=99), "annotation 12: unknown category id 99, expected one of 90, 7"),
@@ -390,15 +389,15 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "RLE not ASCII": (changed(segmentation=RLE | {"counts": "ä"}), "annotation 12: RLE with malformed counts 'ä'"),
     "RLE cut off": (changed(segmentation=RLE | {"counts": RLE["counts"][:-2]}), "annotation 12: RLE w"),
     "RLE ends in a number": (changed(segmentation=RLE | {"counts": RLE["counts"] + "o"}), "annotation 12: RLE with ma"),
-    "counts too short": (changed(segmentation=RLE | {"counts": [5, 5]}), "12: RLE whose counts do not add up to the 12"),
+    "counts too short": (changed(segmentation=RLE | {"counts": [5, 5]}), "12: RLE whose counts do not add up to the"),
     "counts empty": (changed(segmentation=RLE | {"counts": []}), "12: RLE whose counts do not add up to the 1200"),
     "counts negative": (changed(segmentation=RLE | {"counts": [-5, 1205]}), "annotation 12: RLE whose counts do not"),
-    "counts of text": (changed(segmentation=RLE | {"counts": ["1"]}), r"12: RLE with malformed counts \['1'\], expected"),
+    "counts of text": (changed(segmentation=RLE | {"counts": ["1"]}), r"12: RLE with malformed counts \['1'\], exp"),
     "counts fractional": (changed(segmentation=RLE | {"counts": [0.5, 1199.5]}), r"RLE with malformed counts \[0.5, 1"),
     "counts nested": (changed(segmentation=RLE | {"counts": [[1], [2, 3]]}), "RLE with malformed counts"),
     "box of three": (changed(bbox=[10, 5, 3]), r"annotation 12: box \[10, 5, 3\] .*is not a list of four numbers"),
     "box of text": (changed(bbox=list("abcd")), "annotation 12: box .*'a'.*is not a list of four numbers"),
-    "box of numbers as text": (changed(bbox=["1", "2", "3", "4"]), "annotation 12: box .*is not a list of four numbers"),
+    "box of digits": (changed(bbox=["1", "2", "3", "4"]), "annotation 12: box .*is not a list of four numbers"),
     "box a number": (changed(bbox=7), "annotation 12: box 7 .*is not a list of four numbers"),
     "area of text": (changed(area="large"), "annotation 12: area 'large', expected a number of pixels"),
     "iscrowd 2": (changed(iscrowd=2), "annotation 12: iscrowd 2, ignore None, expected 0 or 1"),
