@@ -104,7 +104,7 @@ def gather(value):
 
 
 def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1; warnings take one."""
+    """Run a program's `main`; bad data and bad input end it with one line and exit status 1, warnings take a line."""
     program = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:

@@ -123,7 +123,7 @@ def _load(annotation_file, need_annotations):
         dataset.setdefault("annotations", [])
     for key in ("images", "categories", "annotations"):
         entries = dataset.get(key)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
             raise DataError(f"is not in COCO format ({key!r} is {short(entries)}, expected a list of objects); give a"
                             " COCO annotation file")  # fmt: skip
         if not entries and (need_annotations or key != "annotations"):

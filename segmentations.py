@@ -28,7 +28,7 @@ def check_segmentations(annotations, sizes):
     """
     faults = {}  # index of an annotation: (kind, why)
     polygons, owners = [], []
-    bounds = np.full((len(annotations), 2, 2), np.nan)  # of the masks: x0, y0 and x1, y1
+    bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
     for index, annotation in enumerate(annotations):
         try:
             shape = list(map(DOUBLES, annotation["segmentation"]))
@@ -46,7 +46,7 @@ def check_segmentations(annotations, sizes):
                 continue
             if isinstance(shape, dict):
                 x, y, width, height = mask_utils.toBbox(shape)
-                bounds[index] = (x, y), (x + width, y + height)
+                bounds[:, :, index] = (x, y), (x + width, y + height)
                 annotation["segmentation"] = shape
                 continue
         annotation["segmentation"] = shape
@@ -60,7 +60,7 @@ def check_segmentations(annotations, sizes):
         if polygons:
             _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
         limits = array("d", chain.from_iterable(sizes[annotation["image_id"]] for annotation in annotations))
-        _compare(annotations, np.array(limits).reshape(-1, 2)[:, ::-1], bounds, boxes, faults)
+        _compare(annotations, np.array(limits).reshape(-1, 2).T[::-1], bounds, boxes, faults)
     return [(kind, annotations[index], why) for index, (kind, why) in sorted(faults.items())]
 
 
@@ -93,7 +93,7 @@ def _measure(annotations, polygons, lengths, owners, bounds, faults):
         having, first = np.unique(owners[solid], return_index=True)
         for corner, ufunc in enumerate((np.minimum, np.maximum)):
             for axis, numbers in enumerate((x, y)):
-                bounds[having, corner, axis] = ufunc.reduceat(ufunc.reduceat(numbers, starts)[solid], first)
+                bounds[corner, axis, having] = ufunc.reduceat(ufunc.reduceat(numbers, starts)[solid], first)
 
 
 def _on_line(polygon):
@@ -102,7 +102,7 @@ def _on_line(polygon):
 
 
 def _boxes(annotations, faults):
-    """The boxes (n, 2, 2): x, y and width, height, NaN where there is none."""
+    """The boxes (2, 2, n): x, y and width, height, NaN where there is none."""
     boxes = [annotation.get("bbox") for annotation in annotations]
     try:
         numbers = array("d", chain.from_iterable(boxes)) if set(map(len, boxes)) == {4} else None
@@ -116,25 +116,24 @@ def _boxes(annotations, faults):
             except (TypeError, ValueError, OverflowError):
                 why = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
                 faults.setdefault(index, (REFUSED, why))
-    return np.array(numbers).reshape(-1, 2, 2)
+    return np.array(numbers).reshape(-1, 4).T.reshape(2, 2, -1)
 
 
 def _compare(annotations, limits, bounds, boxes, faults):
     """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing."""
     with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
-        far = ~(np.abs(bounds).max((1, 2)) <= 10 * limits.sum(1))  # the rasteriser walks along every edge
-        inside = bounds.clip(0, limits[:, None])
-        outside = ~(inside[:, 1] > inside[:, 0]).all(1)
-        missing = np.isnan(boxes).all((1, 2))
-        boxes[missing] = np.stack([inside[:, 0], inside[:, 1] - inside[:, 0]], 1)[missing]
-        empty = ~((boxes[:, 1] > 0) & np.isfinite(boxes).all(1)).all(1)
+        far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
+        start, end = np.clip(bounds, 0, limits)
+        outside = ~(end > start).all(0)
+        missing = np.isnan(boxes).all((0, 1))
+        boxes = np.where(missing, (start, end - start), boxes)
+        origin, extent = boxes
+        empty = ~((extent > 0) & np.isfinite(origin + extent)).all(0)
         # Each a pixel larger on all sides: what rounding can do is no fault.
-        low, high = boxes[:, 0] - 1, boxes[:, 0] + boxes[:, 1] + 1
-        common = (np.minimum(high, inside[:, 1] + 1) - np.maximum(low, inside[:, 0] - 1)).clip(0).prod(1)
-        union = (high - low).prod(1) + (inside[:, 1] - inside[:, 0] + 2).prod(1) - common
-        misfit = common / union < 0.5
+        common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
+        misfit = common < 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
     for index in np.flatnonzero(missing):
-        annotations[index]["bbox"] = boxes[index].ravel().tolist()
+        annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
     for found, kind, why in (
         (far, REFUSED, "polygon with coordinates far outside its {} image ({})"),
         (outside, LEFT_OUT, "its mask lies outside its {} image ({})"),
@@ -143,8 +142,8 @@ def _compare(annotations, limits, bounds, boxes, faults):
     ):
         for index in np.flatnonzero(found):
             if index not in faults or faults[index][0] == TRIMMED:
-                width, height = limits[index].astype(int)
-                mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[index].ravel())
+                width, height = limits[:, index].astype(int)
+                mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[:, :, index].ravel())
                 faults[index] = kind, why.format(f"{width}x{height}", mask, short(annotations[index]["bbox"]))
 
 
