@@ -12,9 +12,6 @@ from pathlib import Path
 from images import DataError, image_size, short
 from segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where the files are, and what belongs together
-
 
 def coco_paths(root, split):
     """Annotation file and image folder of split "train", "val" or "test"; DataError if they are not there.
@@ -76,8 +73,7 @@ def check_sizes(dataset, image_dir):
         raise DataError(f"{faults[0]}{_more(faults, 'images')}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: what has one meaning is taken, single annotations without an instance are left out, the rest is an error
+# --- reading: what has one meaning is taken, single useless annotations are left out, the rest is an error
 
 FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
 
@@ -158,6 +154,9 @@ def _normalise(dataset, image_dir, need_annotations):
     dataset["annotations"] = [a for a in annotations if id(a) not in left_out] if left_out else annotations
     if need_annotations and not dataset["annotations"]:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
+    if dataset["annotations"] and all(max(annotation["bbox"]) <= 1 for annotation in dataset["annotations"]):
+        box = dataset["annotations"][0]["bbox"]
+        raise DataError(f"no box reaches beyond 1, as {box} (x, y, width, height), expected pixels; correct the file")
     _unique_names(dataset, notes)
     for number, annotation in enumerate(dataset["annotations"], start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
