@@ -246,7 +246,9 @@ def _refer(annotations, field, ids):
         value = annotation.get(field)
         number = ids.get(value if type(value) is int else _key(value, f"{_name(annotation)} has {field}"))
         if number is None:
-            faults.append((annotation, f"unknown {field.replace('_', ' ')} {value!r}, expected one of {_list(ids)}"))
+            faults.append(
+                (annotation, f"unknown {field.replace('_', ' ')} {short(value)}, expected one of {_list(ids)}")
+            )
         else:
             annotation[field] = number
             found.append(annotation)
@@ -280,7 +282,9 @@ def _find_files(images, image_dir, notes):
     for image in images:
         given = image.get("file_name") or image.get("coco_url")
         if not isinstance(given, str):
-            raise DataError(f"image {image['file_id']!r} has file_name {given!r}, expected the name of an image file")
+            raise DataError(
+                f"image {image['file_id']!r} has file_name {short(given)}, expected the name of an image file"
+            )
         name = given
         if name not in present:  # a path, perhaps of another machine: as much of its end as is here
             parts = given.replace("\\", "/").split("/")
@@ -298,7 +302,7 @@ def _find_files(images, image_dir, notes):
         again += [name] if name in files else []
         files[name] = given
     if missing:
-        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is {missing[0]};"
+        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is {short(missing[0])};"
                         " check the image folder")  # fmt: skip
     if again:
         notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
