@@ -302,8 +302,8 @@ def _find_files(images, image_dir, notes):
         again += [name] if name in files else []
         files[name] = given
     if missing:
-        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is {short(missing[0])};"
-                        " check the image folder")  # fmt: skip
+        count = f"{len(missing)} of {len(images)} images"
+        raise DataError(f"{count} are not in {image_dir}, the first is {short(missing[0])}; check the image folder")
     if again:
         notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
 

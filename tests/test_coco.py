@@ -416,7 +416,7 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "two images of one id": (edited("images", id=1), "id 1 occurs twice in 'images', with file_name '1.png' and '2.p"),
     "two sizes of one image": (edited("images", id=1, file_name="1.png", width=30), "'images', with width 40 and 30"),
     "two categories of one id": (edited("categories", id=90), "id 90 occurs twice in 'categories', with name 'dog' a"),
-    "image not there": (edited("images", file_name="x.png"), r"1 of 2 images are not in .*images, the first is 'x\.png'"),
+    "image not there": (edited("images", file_name="x.png"), r"1 of 2 images are not in .*, the first is 'x\.png'"),
     "image in no folder": (edited("images", file_name="a/x.png"), r"1 of 2 images .*the first is 'a/x\.png'"),
     "name with a null": (edited("images", file_name="a\0.png"), "1 of 2 images are not in"),
     "two files of one name": (edited("images", file_name="b/1.png"), "images '1.png' and 'b/1.png' would both be"),
