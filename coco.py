@@ -59,10 +59,7 @@ def match_classes(trained, classes, category_ids):
 
 
 def check_sizes(dataset, image_dir):
-    """Compare the size of every image with the file's header; DataError names the first that differs and their count.
-
-    dataset: as from `read_annotations`.
-    """
+    """Compare all sizes of `read_annotations` with the files' headers; DataError names the first that differs."""
     faults = []
     for image in dataset["images"]:
         try:
@@ -85,8 +82,7 @@ def read_annotations(annotation_file, image_dir, need_annotations=True):
     categories    id int, file_id, name
     annotations   id 1...N in the order of the file, image_id, category_id and iscrowd int (1 also for `ignore`), area
                   and bbox (x, y, width, height) also where the file has none; segmentation: polygons as float64 arrays
-                  or compressed RLE. (Forked loader processes share the parent's memory until they touch an object, so
-                  that lists of a million floats would be copied by each.)
+                  (lists of floats would be copied into every loader process that touches them) or compressed RLE
 
     Ids that are integers are kept (1, 1.0 and "1" are the same), texts are numbered. Annotations that enclose nothing
     or belong to no image of the file are left out with a warning. With need_annotations=False a file without
@@ -155,8 +151,7 @@ def _normalise(dataset, image_dir, need_annotations):
     if need_annotations and not dataset["annotations"]:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
     if dataset["annotations"] and all(max(annotation["bbox"]) <= 1 for annotation in dataset["annotations"]):
-        box = dataset["annotations"][0]["bbox"]
-        raise DataError(f"no box reaches beyond 1, as {box} (x, y, width, height), expected pixels; correct the file")
+        raise DataError(f"no box goes beyond 1, the first is {dataset['annotations'][0]['bbox']}, expected pixels")
     _unique_names(dataset, notes)
     for number, annotation in enumerate(dataset["annotations"], start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
@@ -181,8 +176,8 @@ def _refuse(faults):
 
 
 def _name(annotation):
-    number, image = annotation.get("id"), annotation.get("image_id")
-    return f"an annotation of image {image} without id" if number is None else f"annotation {number}"
+    without = f"an annotation of image {annotation.get('image_id')!r} without id"
+    return f"annotation {annotation['id']}" if "id" in annotation else without
 
 
 def _more(faults, what):
