@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -104,8 +105,10 @@ def gather(value):
 
 
 def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1."""
+    """Run a program's `main`; bad data and bad input end it with one line and exit status 1, warnings take a line."""
+    program = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()
     except (DataError, InputError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{program}: error: {error}")

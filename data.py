@@ -97,13 +97,7 @@ class CocoInstances(Dataset):
     def _read(self, index):
         """Image (3, H, W) uint8, its entry and the usable annotations."""
         entry = self.coco.imgs[self.image_ids[index]]
-        path = self.image_dir / entry["file_name"]
-        image = read_image(path)
-        if image.shape[1:] != (entry["height"], entry["width"]):
-            raise DataError(
-                f"{path}: the image is {image.shape[2]}x{image.shape[1]}, its annotation file says"
-                f" {entry['width']}x{entry['height']}; correct the file or the annotations"
-            )
+        image = read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
         return image, entry, self.instances[entry["id"]]
 
     def _instances(self, annotations, boxes, masks, kept):
