@@ -20,6 +20,7 @@
 #define __grid_constant__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __CUDA_ARCH__ ARCHITECTURE  // from here on, not in torch's headers: 800, or 900 with its vector atomics
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
 
 using std::max;

@@ -19,7 +19,7 @@ open(sys.argv[1], "w").write(source)
 PYTHON
 compile csrc/*.cpp -o "$folder/_C.torch-$version.so"
 for architecture in 800 900; do  # without and with vector atomics
-  compile -O2 "$folder/emulated.cpp" "-D__CUDA_ARCH__=$architecture" -Itests -Icsrc -Wno-unknown-pragmas \
+  compile -O2 "$folder/emulated.cpp" "-DARCHITECTURE=$architecture" -Itests -Icsrc -Wno-unknown-pragmas \
     -o "$folder/_C_cuda.torch-$version.so"
   run_tests "cpu and not (compiles or float16_on_cpu)"
   echo "tests/emulate_gpu.sh: no report from the CUDA kernels of architecture $architecture"
