@@ -64,11 +64,12 @@ def average_precision(coco, results, image_ids):
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
+def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, stopping=lambda: False):
     """Box and mask AP of a model on a data set made with training=False.
 
     Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers": [{"layer": 0, "box": {...},
     "mask": {...}}, ...]: 0 is the decoder's input, the last is the last layer. Leaves the model in evaluation mode.
+    `stopping` is called before each batch: where it returns True in any process, all leave off and return None.
     """
     model.eval()
     # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
@@ -82,11 +83,15 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
+        if stopping():
+            break
         outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
             sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
             for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
                 results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
+    if any(gather(stopping())):
+        return None
     everywhere = [None] * world
     if parallel:
         dist.gather_object(results, everywhere if rank == 0 else None)
