@@ -271,7 +271,7 @@ class Trainer:
             f"{images} images of {len(self.train_set.classes)} classes to train on, {evaluated}\n"
             f"{stop} iterations, {epochs:.3g} epochs; warm-up {schedule.warmup} iterations; "
             f"learning rate {schedule.lr:.3g}, backbone {schedule.backbone_lr:.3g}; tenths from {schedule.milestones}\n"
-            f"{schedule.step_size} images per iteration, {schedule.batch_size // self.world} x {self.world} processes x "
+            f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
             f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output}"
         )
         if 2 * schedule.warmup >= stop:
@@ -316,7 +316,6 @@ class Trainer:
             model.train()
             if self.frozen:
                 model.backbone.eval()
-            torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
             factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -325,6 +324,7 @@ class Trainer:
             loaded = [next(batches) for _ in range(args.accumulate)]
             self.waited += time.perf_counter() - before
             loaded = [to_device(batch, self.device) for batch in loaded]
+            torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
             optimizer.zero_grad()
             terms, stopping = backward(parallel, self.criterion, loaded, self.autocast, scaler, bool(self.signals))
             if scaler:
