@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import add_data_arguments, choose_device, open_split, positive, run_program
+from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
 from coco import coco_results
 from config import InputError
 from data import collate, eval_transform
@@ -81,23 +81,24 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if is_parallel() else (0, 1)
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [{} for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
-            if autocast:  # masks have more pixels than float16 has numbers
-                predictions = {name: predictions[name].float() for name in PREDICTIONS}
-            if labels:
-                predictions = predictions | {"pred_logits": predictions["pred_logits"][..., labels]}
-            sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
-            for target, detections in zip(targets, postprocess(predictions, *sizes, topk=max_detections), strict=True):
-                found[target["image_id"]] = json.dumps(
-                    coco_results(detections, target["image_id"], dataset.category_ids)
-                )
-    if is_parallel():
+            for b, target in enumerate(targets):
+                one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image only
+                if autocast:  # a sum over a mask may exceed float16
+                    one = {name: value.float() for name, value in one.items()}
+                if labels:
+                    one["pred_logits"] = one["pred_logits"][..., labels]
+                [detections] = postprocess(one, [target["size"]], [target["original_size"]], max_detections)
+                image_results = coco_results(detections, target["image_id"], dataset.category_ids)
+                found[target["image_id"]] = json.dumps(image_results)
+    if parallel:
         for layer, found in enumerate(results):  # one at a time, as each is copied several times on its way
             everywhere = None if rank else [None] * world
             dist.gather_object(found, everywhere)
@@ -108,8 +109,8 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
 def score(dataset, results, max_detections=100, per_class=False):
     """Numbers of what `detect` returned: `average_precision` of the last layer, "classes" on request.
 
-    Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...]; 0 is the decoder's input, the last
-    is the last layer.
+    Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...], from the decoder's input, 0, to
+    the last layer.
     """
     layers = []
     for found in results:
@@ -132,17 +133,7 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, m
     `score`. Leaves the model in evaluation mode. Raises InputError for NaN in the predictions.
     """
     results = detect(model, dataset, device, workers, per_layer, batch_size, max_detections, autocast, labels)
-    scores = [None]
-    if not is_parallel() or dist.get_rank() == 0:
-        scores = [score(dataset, results, max_detections)]
-    if is_parallel():
-        dist.broadcast_object_list(scores)
-    return scores[0]
-
-
-def is_parallel():
-    """Whether this is one of several processes."""
-    return dist.is_available() and dist.is_initialized()
+    return gather(score(dataset, results, max_detections) if results[0] else None)[0]
 
 
 def percent(value):
