@@ -236,7 +236,8 @@ def encode_masks(masks):
 def coco_results(detections, image_id, category_ids):
     """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries.
 
-    category_ids: category id of every label. Raises InputError where a score or a box is NaN or infinite.
+    detections: its masks may be RLE already, from `encode_masks`. category_ids: category id of every label.
+    Raises InputError where a score or a box is NaN or infinite.
     """
     scores, boxes = detections["scores"].tolist(), box_convert(detections["boxes"], "xyxy", "xywh").tolist()
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
@@ -244,7 +245,8 @@ def coco_results(detections, image_id, category_ids):
             f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is damaged or its "
             "training diverged; give another one"
         )
-    labels, masks = detections["labels"].tolist(), encode_masks(detections["masks"])
+    labels, masks = detections["labels"].tolist(), detections["masks"]
+    masks = masks if isinstance(masks, list) else encode_masks(masks)
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
         for score, label, box, rle in zip(scores, labels, boxes, masks, strict=True)

@@ -68,11 +68,11 @@ def mean(values):
 
 @torch.inference_mode()
 def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
-           labels=None):  # fmt: skip
-    """COCO results of a model on a data set made with training=False, as text: a tenth of what dictionaries take.
+           labels=None, stopping=lambda: False):  # fmt: skip
+    """COCO results of a model on a data set made with training=False, as text: less than half of dictionaries' memory.
 
     Arguments as of `evaluate`. Returns for every layer {image id: JSON of its list of results}; with several processes
-    of all images in the first and of none in the others. Raises InputError for NaN.
+    of all images in the first and of none in the others; None where `stopping`. Raises InputError for NaN.
     """
     model.eval()
     # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
@@ -86,6 +86,8 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [{} for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
+        if stopping():
+            break
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             outputs = model([image.to(device) for image in images], all_layers=per_layer)
         for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
@@ -98,6 +100,8 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
                 [detections] = postprocess(one, [target["size"]], [target["original_size"]], max_detections)
                 image_results = coco_results(detections, target["image_id"], dataset.category_ids)
                 found[target["image_id"]] = json.dumps(image_results)
+    if any(gather(stopping())):
+        return None
     if parallel:
         for layer, found in enumerate(results):  # one at a time, as each is copied several times on its way
             everywhere = None if rank else [None] * world
@@ -123,17 +127,19 @@ def score(dataset, results, max_detections=100, per_class=False):
 
 
 def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
-             labels=None):  # fmt: skip
+             labels=None, stopping=lambda: False):  # fmt: skip
     """Box and mask AP of a model on a data set made with training=False, the same in every process.
 
     max_detections: the best so many detections of an image count. autocast: dtype of torch.autocast, None for none.
     labels: the model's label of each of the data set's classes (`match_classes`), where they are not the same.
+    stopping: called before each batch; where it returns True in any process, all leave off and return None.
 
     Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers", see `average_precision` and
     `score`. Leaves the model in evaluation mode. Raises InputError for NaN in the predictions.
     """
-    results = detect(model, dataset, device, workers, per_layer, batch_size, max_detections, autocast, labels)
-    return gather(score(dataset, results, max_detections) if results[0] else None)[0]
+    results = detect(model, dataset, device, workers, per_layer, batch_size, max_detections, autocast, labels,
+                     stopping)  # fmt: skip
+    return gather(score(dataset, results, max_detections) if results and results[0] else None)[0]
 
 
 def percent(value):
@@ -320,7 +326,7 @@ def parse_arguments():
     add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
-    if args.split == "test" and (args.data != "coco" or args.val_json):
+    if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or args.val_json):
         raise InputError("--split test: is for --data coco with --data-root; for other files, --val-json names them")
     if (args.train_json or args.train_images) and not (args.val_json or args.val_images or args.data_root):
         raise InputError("--train-json, --train-images: eval.py takes the files of --val-json and --val-images")
