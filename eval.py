@@ -193,7 +193,7 @@ def draw_classes(axes, classes):
     order = np.argsort(np.nan_to_num(np.add(values["box"], values["mask"]), nan=-1), kind="stable")
     for kind, offset, colour in (("box", 0.2, "tab:orange"), ("mask", -0.2, "tab:blue")):
         axes.barh(np.arange(len(order)) + offset, np.take(values[kind], order), 0.38, label=f"{kind} AP", color=colour)
-    axes.set_yticks(range(len(order)), [classes[i]["name"] for i in order], fontsize=8)
+    axes.set_yticks(range(len(order)), [classes[i]["name"] for i in order], fontsize=8, parse_math=False)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("AP")
     axes.grid(axis="x", linewidth=0.5)
@@ -227,7 +227,7 @@ def save_classes(scores, path):
     if figure:
         draw_classes(axes, scores["classes"])
         figure.legend(loc="outside upper center", ncols=2)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=min(150, 60_000 / figure.get_figheight()))  # matplotlib draws no more than 65,535 rows
 
 
 def match_classes(path, trained, present):
