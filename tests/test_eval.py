@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections import defaultdict
@@ -427,19 +428,43 @@ def test_data_without_annotations(squares, run, monkeypatch):
         run()
 
 
+def oracle_and_data(folder):
+    data = CocoInstances(folder / "val.json", folder / "images", eval_transform(64, 64), training=False)
+    return Oracle(folder / "val.json", NAMES), data
+
+
+def evaluate_squares(folder, **settings):
+    return evaluation.evaluate(*oracle_and_data(folder), CPU, **settings)
+
+
 def test_half_precision_does_not_spoil_the_numbers(squares):
     """Scores and masks of the model in half precision are put together in single: the same AP but for the rounding."""
-    model = Oracle(squares / "val.json", NAMES)
-    data = CocoInstances(squares / "val.json", squares / "images", eval_transform(64, 64), training=False)
-    whole = evaluation.evaluate(model, data, CPU)
-    half = evaluation.evaluate(model, data, CPU, autocast=torch.bfloat16)
+    whole, half = evaluate_squares(squares), evaluate_squares(squares, autocast=torch.bfloat16)
     assert half["box"] == pytest.approx(whole["box"], abs=1) and half["mask"] == pytest.approx(whole["mask"], abs=1)
 
 
-def test_stopping(squares):
-    model = Oracle(squares / "val.json", NAMES)
-    data = CocoInstances(squares / "val.json", squares / "images", eval_transform(64, 64), training=False)
-    assert evaluation.evaluate(model, data, CPU, stopping=lambda: True) is None
+def evaluate_share(folder, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    scores = [evaluate_squares(folder, per_layer=True)]
+    results = evaluation.detect(*oracle_and_data(folder), CPU, per_layer=True, batch_size=1)
+    scores += [results, evaluate_squares(folder, batch_size=1, stopping=lambda: rank == 1)]
+    (folder / f"{rank}.json").write_text(json.dumps(scores))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(squares):
+    """The same numbers in both, all results in the first, and all leave off where one is told to."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=evaluate_share, args=(squares, rank)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (first, results, stopped), second = (json.loads((squares / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == evaluate_squares(squares, per_layer=True) and second == [first, [{}, {}], None] and stopped is None
+    alone = evaluation.detect(*oracle_and_data(squares), CPU, per_layer=True)
+    assert [list(found.items()) for found in results] == [[(str(i), t) for i, t in found.items()] for found in alone]
 
 
 @pytest.mark.parametrize(
