@@ -6,7 +6,6 @@ import io
 import json
 import os
 import sys
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -255,8 +254,8 @@ def new_file(path, beginning):
         if path.suffix != ".json":
             raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (start := path.open().read(len(beginning))) not in ("", beginning):
-            raise InputError(f"{path}: exists and is another kind of file (begins with {start!r}); choose another name")
+        if path.exists() and path.open("rb").read(len(beginning)) not in (b"", beginning):
+            raise InputError(f"{path}: exists and is another kind of file; choose another name")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise InputError(f"{path}: cannot be written (no permission); choose another name")
     except OSError as error:
@@ -276,53 +275,37 @@ def write_file(path, parts):
         raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
 
 
-def write_results(path, found):
-    """Write what `detect` returned of a layer: boxes and masks to `path`, masks alone to the same name + .segm.json.
+def write_results(found, path, masks_path):
+    """Write what `detect` returned of a layer: both to `path`, masks alone to `masks_path`; a line per image.
 
     COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
     only that: the first file gives the AP and AR of both, but APs, APm and APl of masks need the second.
     """
-    for file, drop in ((path, None), (masks_alone(path), "bbox")):
-        results = (result for text in found.values() for result in json.loads(text))
-        lines = (json.dumps({key: value for key, value in result.items() if key != drop}) for result in results)
-        first = next(lines, None)
-        write_file(file, chain(["[\n"], [] if first is None else [first], (",\n" + line for line in lines), ["\n]\n"]))
-
-
-def masks_alone(path):
-    """Path of the results without boxes that belong to the results at `path`."""
-    return path.with_suffix(".segm.json")
+    texts = [text for text in found.values() if text != "[]"]
+    write_file(path, ["[\n", ",\n".join(text[1:-1] for text in texts), "\n]\n"])
+    without = ([{k: v for k, v in result.items() if k != "bbox"} for result in json.loads(text)] for text in texts)
+    write_file(masks_path, ["[\n", ",\n".join(json.dumps(listed)[1:-1] for listed in without), "\n]\n"])
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
-    parser.add_argument("--split", choices=["val", "test"], default="val", help="with --data coco, which images of "
-                        "--data-root to take (default: val)")  # fmt: skip
-    parser.add_argument("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
-    parser.add_argument("--per-class", action="store_true", help="also box AP and mask AP of every class")
-    parser.add_argument(
-        "--max-detections",
-        type=positive,
-        default=100,
-        metavar="N",
-        help="detections of an image that count, the best ones (default: 100, as COCO's results are reported)",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE.json",
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
+    add("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
+    add("--per-class", action="store_true", help="also box AP and mask AP of every class")
+    add("--max-detections", type=positive, default=100, metavar="N",
+        help="detections of an image that count, the best ones (default: 100, as published)")  # fmt: skip
+    add("--output", metavar="FILE.json",
         help="also write the numbers to this JSON file, and bar charts of them: with --per-layer to FILE.png, with "
-        "--per-class to FILE.classes.png",
-    )
-    parser.add_argument(
-        "--results",
-        metavar="FILE.json",
+        "--per-class to FILE.classes.png")  # fmt: skip
+    add("--results", metavar="FILE.json",
         help="also write the detections, as COCO results with the image ids of the annotation file: boxes and masks to "
         "FILE.json, masks alone to FILE.segm.json, which APs, APm and APl of masks need in COCO's tools; data without "
-        "annotations will do",
-    )
-    parser.add_argument("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+        "annotations will do")  # fmt: skip
+    add("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add("--split", choices=["val", "test"], default="val",
+        help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
     add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
@@ -330,18 +313,17 @@ def parse_arguments():
         raise InputError("--split test: is for --data coco with --data-root; for other files, --val-json names them")
     if (args.train_json or args.train_images) and not (args.val_json or args.val_images or args.data_root):
         raise InputError("--train-json, --train-images: eval.py takes the files of --val-json and --val-images")
-    if args.output and args.results and Path(args.output).resolve() == Path(args.results).resolve():
-        raise InputError(f"--output and --results: are both {args.output}; give two names")
     return args
 
 
 def main():
     args = parse_arguments()
     device = choose_device(args.device)
-    output = args.output and new_file(args.output, '{\n "box"')
-    results = args.results and new_file(args.results, "[\n")
-    if results:
-        new_file(masks_alone(results), "[\n")
+    output = args.output and new_file(args.output, b'{\n "box"')
+    names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
+    results = [new_file(name, b"[\n") for name in names]
+    if output and output.resolve() in [path.resolve() for path in results]:
+        raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
     dataset = open_split(args, args.split, eval_transform(*model.config.test_size))
     labels = match_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
@@ -363,8 +345,8 @@ def main():
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
     if results:
-        write_results(results, found[-1])
-        print(f"results of {len(dataset)} images: {results}, without boxes {masks_alone(results)}")
+        write_results(found[-1], *results)
+        print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
 
 if __name__ == "__main__":

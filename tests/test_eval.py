@@ -239,13 +239,15 @@ def summary(coco, results, kind):
 def test_numbers_are_those_of_summarize(tmp_path):
     """Both results files, scored as COCO does, hold exactly the numbers that are printed."""
     content, _, results = random_set(2, [7, 1, 0, 12], per_image=30)
+    results = [result for result in results if result["image_id"] != 12]
     coco = indexed(content)
     scores = evaluation.average_precision(coco, results, [7, 1, 0, 12])
     assert list(scores["box"]) == METRICS
     found = defaultdict(list)
     for result in results:
         found[result["image_id"]].append(result)
-    evaluation.write_results(tmp_path / "out.json", {i: json.dumps(some) for i, some in found.items()})
+    texts = {image_id: json.dumps(some) for image_id, some in found.items()} | {12: "[]"}
+    evaluation.write_results(texts, tmp_path / "out.json", tmp_path / "out.segm.json")
     assert summary(coco, str(tmp_path / "out.json"), "bbox") == scores["box"]
     assert summary(coco, str(tmp_path / "out.segm.json"), "segm") == scores["mask"]
     of_both = summary(coco, str(tmp_path / "out.json"), "segm")  # it takes the boxes' areas for the masks'
@@ -476,6 +478,7 @@ def test_two_processes_are_one(squares):
         (["--results", "DIR/images/0.png"], "0.png: is to be a JSON file"),
         (["--output", "DIR/images/0.png/s.json"], "s.json: cannot be written"),
         (["--output", "DIR/s.json", "--results", "DIR/images/../s.json"], "give two names"),
+        (["--output", "DIR/s.segm.json", "--results", "DIR/s.json"], "give two names"),
     ],
 )
 def test_wrong_flags(squares, run, flags, says):
