@@ -275,16 +275,22 @@ def write_file(path, parts):
         raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
 
 
-def write_results(found, path, masks_path):
+def write_results(found, coco, path, masks_path):
     """Write what `detect` returned of a layer: both to `path`, masks alone to `masks_path`; a line per image.
 
+    coco: the data set's; where its images and categories have a file_id, that is the annotation file's own id.
     COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
     only that: the first file gives the AP and AR of both, but APs, APm and APl of masks need the second.
     """
-    texts = [text for text in found.values() if text != "[]"]
-    write_file(path, ["[\n", ",\n".join(text[1:-1] for text in texts), "\n]\n"])
-    without = ([{k: v for k, v in result.items() if k != "bbox"} for result in json.loads(text)] for text in texts)
-    write_file(masks_path, ["[\n", ",\n".join(json.dumps(listed)[1:-1] for listed in without), "\n]\n"])
+    own = lambda entry: entry.get("file_id", entry["id"])  # noqa: E731
+    for file, keys in ((path, ("bbox", "score", "segmentation")), (masks_path, ("score", "segmentation"))):
+        lines = []
+        for image_id, text in found.items():
+            ids = {"image_id": own(coco.imgs[image_id])}
+            listed = [ids | {"category_id": own(coco.cats[result["category_id"]])} | {key: result[key] for key in keys}
+                      for result in json.loads(text)]  # fmt: skip
+            lines += [json.dumps(listed)[1:-1]] if listed else []
+        write_file(file, ["[\n", ",\n".join(lines), "\n]\n"])
 
 
 def parse_arguments():
@@ -345,7 +351,7 @@ def main():
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
     if results:
-        write_results(found[-1], *results)
+        write_results(found[-1], dataset.coco, *results)
         print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
 

@@ -247,13 +247,26 @@ def test_numbers_are_those_of_summarize(tmp_path):
     for result in results:
         found[result["image_id"]].append(result)
     texts = {image_id: json.dumps(some) for image_id, some in found.items()} | {12: "[]"}
-    evaluation.write_results(texts, tmp_path / "out.json", tmp_path / "out.segm.json")
+    evaluation.write_results(texts, coco, tmp_path / "out.json", tmp_path / "out.segm.json")
     assert summary(coco, str(tmp_path / "out.json"), "bbox") == scores["box"]
     assert summary(coco, str(tmp_path / "out.segm.json"), "segm") == scores["mask"]
     of_both = summary(coco, str(tmp_path / "out.json"), "segm")  # it takes the boxes' areas for the masks'
     assert {k: v for k, v in of_both.items() if k not in ("APs", "APm", "APl")} == {
         k: v for k, v in scores["mask"].items() if k not in ("APs", "APm", "APl")
     }
+
+
+def test_results_have_the_ids_of_the_annotation_file(tmp_path):
+    """Where reading has numbered texts, the file's own ids come back."""
+    content = {"images": [{"id": 1, "file_id": "front/7"}, {"id": 2, "file_id": 2.0}], "annotations": []}
+    content["categories"] = [{"id": 1, "file_id": "nut", "name": "nut"}, {"id": 2, "name": "bolt"}]
+    found = {i: json.dumps(coco_results(some_detections(), i, [1, 2])) for i in (1, 2)}
+    evaluation.write_results(found, indexed(content), tmp_path / "r.json", tmp_path / "m.json")
+    for name, keys in (("r.json", {"bbox"}), ("m.json", set())):
+        results = json.loads((tmp_path / name).read_text())
+        assert [result["image_id"] for result in results] == ["front/7", "front/7", 2.0, 2.0]
+        assert [result["category_id"] for result in results] == [2, "nut", 2, "nut"]
+        assert results[0].keys() == {"image_id", "category_id", "score", "segmentation"} | keys
 
 
 def test_without_a_detection():
