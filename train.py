@@ -21,7 +21,7 @@ import checkpoint
 import cli
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import eval_transform, seed_of, to_device, train_batches, train_transform
-from eval import evaluate, percent
+from eval import evaluate, match_classes, percent
 from losses import SetCriterion
 from model import DIMaskDINO, postprocess
 from predict import draw_instances, save_png
@@ -164,14 +164,15 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
 
 
 @torch.inference_mode()
-def save_picture(model, dataset, device, path, count=6, threshold=0.3):
+def save_picture(model, classes, dataset, device, path, count=6, threshold=0.3):
     """PNG of the first images of a data set, the ground truth in the upper row and the detections below."""
     columns = []
     for image, target in (dataset[index] for index in range(min(count, len(dataset)))):
         [found] = postprocess(model([image.to(device)]), [image.shape[1:]], [image.shape[1:]])
         found = {name: value[found["scores"] >= threshold].cpu() for name, value in found.items()}
         pixels = (image * 255).round().to(torch.uint8)
-        columns.append(torch.cat([draw_instances(pixels, some, dataset.classes) for some in (target, found)], 1))
+        pair = draw_instances(pixels, target, dataset.classes), draw_instances(pixels, found, classes)
+        columns.append(torch.cat(pair, 1))
     height = max(column.shape[1] for column in columns)
     columns = [nn.functional.pad(column, (0, 4, 0, height - column.shape[1]), value=255) for column in columns]
     save_png(torch.cat(columns, 2), path)
@@ -191,8 +192,8 @@ class Trainer:
         augmented = train_transform(config.train_size, config.train_scale)
         self.train_set = cli.open_split(args, "train", augmented if args.augment else plain)
         self.val_set = cli.open_split(args, "val", plain) if args.evaluate else None
-        if self.val_set and self.train_set.classes != self.val_set.classes:
-            raise InputError("training and validation annotations differ in their categories; make them the same")
+        if self.val_set is not None:
+            self.labels = match_classes("the model", self.train_set.classes, self.val_set.classes)
         config = replace(config, num_classes=len(self.train_set.classes))
         self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
@@ -419,8 +420,8 @@ class Trainer:
         self.evaluating = True
         try:
             scores = evaluate(
-                self.model, self.val_set, self.device, self.args.workers, per_layer=self.args.per_layer,
-                stopping=lambda: len(self.signals) > 0,
+                self.model, self.val_set, self.device, self.args.workers, self.args.per_layer,
+                autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
             )  # fmt: skip
         except KeyboardInterrupt:
             scores = None
@@ -429,7 +430,8 @@ class Trainer:
             return True
         if self.rank == 0:
             epoch, seconds = self.epoch(self.iteration), time.perf_counter() - self.clock
-            save_picture(self.model, self.val_set, self.device, self.output / f"epoch_{epoch:03d}.png")
+            picture = self.output / f"epoch_{epoch:03d}.png"
+            save_picture(self.model, self.train_set.classes, self.val_set, self.device, picture)
             total = lambda entry: (entry["box"]["AP"] or 0) + (entry["mask"]["AP"] or 0)  # noqa: E731
             if all(total(scores) > total(entry) for entry in self.evaluations):
                 checkpoint.link(self.output / "checkpoint.pt", "best.pt")
