@@ -7,10 +7,10 @@ import math
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,18 +29,8 @@ from predict import draw_instances, save_png
 WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
 LOG_EVERY = 20  # iterations
 
-
-class Recipe(NamedTuple):
-    """A schedule for a number of images per step, to be stretched for another, or for another number of epochs."""
-
-    iterations: int
-    batch_size: int
-    milestones: tuple[int, ...]  # iterations at which the rates drop to a tenth
-    lr: float = 1e-4
-    backbone_factor: float = 0.1
-    warmup: int = 0
-
-
+# A schedule: so many iterations of so many images, where the rates drop to a tenth, the rate and what goes with it.
+Recipe = namedtuple("Recipe", "iterations batch_size milestones lr backbone_factor warmup", defaults=(1e-4, 0.1, 0))
 RECIPES = {
     "12ep": Recipe(88_500, 16, (81_125,)),
     "24ep": Recipe(177_000, 16, (147_500,)),
@@ -48,7 +38,6 @@ RECIPES = {
     "bdd68ep": Recipe(59_500, 8, (43_750,)),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
     "tiny": Recipe(1_500, 16, (1_200, 1_425), lr=1e-3, backbone_factor=1.0, warmup=100),  # 12 epochs of `shapes`
 }
-DEFAULT_EPOCHS = 12
 
 
 def parse_arguments(argv=None):
@@ -101,7 +90,7 @@ def make_schedule(args, num_images):
     if args.schedule and args.epochs is None:
         iterations = round(recipe.iterations * recipe.batch_size / step_size)
     else:
-        iterations = math.ceil(given(args.epochs, DEFAULT_EPOCHS) * num_images / step_size)
+        iterations = math.ceil(given(args.epochs, 12) * num_images / step_size)
     lr = given(args.lr, recipe.lr * step_size / recipe.batch_size)
     return SimpleNamespace(
         batch_size=batch_size,
@@ -131,12 +120,10 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             decayed = not (isinstance(module, norms) or name in ("relative_position_bias_table",))
-            rate = backbone_lr if in_backbone else lr
-            groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+            rate, decay = backbone_lr if in_backbone else lr, weight_decay if decayed else 0.0
+            group = {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def backward(model, criterion, batches, autocast=None, scaler=None, stopping=False):
@@ -218,14 +205,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type) if self.autocast == torch.float16 else None
 
-        self.settings = {  # with the iteration and the process, all that images and random numbers depend on
-            "seed": args.seed,
-            "augment": args.augment,
-            "keep_empty": args.keep_empty,
-            "images_per_iteration": self.schedule.step_size,
-            "frozen_backbone": self.frozen,
-            "classes": self.train_set.classes,
-        }
+        # With the iteration and the process, all that images and random numbers depend on, and what is trained.
+        self.settings = {"seed": args.seed, "augment": args.augment, "keep_empty": args.keep_empty}
+        self.settings |= {"images_per_iteration": self.schedule.step_size}
+        self.settings |= {"frozen_backbone": self.frozen, "classes": self.train_set.classes}
         self.iteration, self.seconds = 0, 0.0
         self.window = {}  # sums of the terms since the last line of the log
         self.evaluations = []  # their lines in the log
@@ -235,8 +218,8 @@ class Trainer:
             lines = checkpoint.restore(path, found, *states, self.settings, self.schedule)
             self.iteration, self.seconds = found["iteration"], found["seconds"]
             self.window = {name: value.to(device) for name, value in found["window"].items()}
-            log = checkpoint.read_log(self.output / "log.jsonl", self.iteration) if rank == 0 else []
-            self.evaluations = [entry for entry in log if "box" in entry]
+            entries = checkpoint.read_log(self.output / "log.jsonl", self.iteration) if rank == 0 else []
+            self.evaluations = [entry for entry in entries if "box" in entry]
         for line in lines:
             cli.say(line)
         self.stop = min(self.schedule.iterations, args.max_iterations or self.schedule.iterations)
@@ -266,11 +249,10 @@ class Trainer:
     def describe(self):
         """Print in three lines what is going to be done, and warn of what is probably not meant."""
         schedule, stop, images = self.schedule, self.stop, len(self.train_set)
-        epochs = stop * schedule.step_size / images
         evaluated = f"{len(self.val_set)} images to evaluate on" if self.val_set else "no evaluation"
         cli.say(
             f"{images} images of {len(self.train_set.classes)} classes to train on, {evaluated}\n"
-            f"{stop} iterations, {epochs:.3g} epochs; warm-up {schedule.warmup} iterations; "
+            f"{stop} iterations, {stop * schedule.step_size / images:.3g} epochs; warm-up: {schedule.warmup}; "
             f"learning rate {schedule.lr:.3g}, backbone {schedule.backbone_lr:.3g}; tenths from {schedule.milestones}\n"
             f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
             f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output}"
@@ -357,8 +339,8 @@ class Trainer:
         finite = bool(terms["loss"].isfinite() & (norm.isfinite() | overflows))
         if all(cli.gather(finite)):
             return
-        image_ids = [target["image_id"] for _, targets in batches for target in targets]
-        found = cli.gather((image_ids, [name for name, term in terms.items() if not math.isfinite(term)]))
+        names = [name for name, term in terms.items() if not math.isfinite(term)]
+        found = cli.gather(([target["image_id"] for _, targets in batches for target in targets], names))
         image_ids = [image_id for ids, _ in found for image_id in ids]
         names = sorted({name for _, names in found for name in names if name != "loss"}) or ["the gradient"]
         self.save("nonfinite.pt")
@@ -432,8 +414,8 @@ class Trainer:
             epoch, seconds = self.epoch(self.iteration), time.perf_counter() - self.clock
             picture = self.output / f"epoch_{epoch:03d}.png"
             save_picture(self.model, self.train_set.classes, self.val_set, self.device, picture)
-            total = lambda entry: (entry["box"]["AP"] or 0) + (entry["mask"]["AP"] or 0)  # noqa: E731
-            if all(total(scores) > total(entry) for entry in self.evaluations):
+            totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, scores]]
+            if totals[-1] > max(totals[:-1], default=-1):
                 checkpoint.link(self.output / "checkpoint.pt", "best.pt")
             self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
             if self.iteration == self.schedule.iterations:
