@@ -79,6 +79,4 @@ def group(start, output, world=2, **environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world}
-    return [
-        start(rank, output=f"{output}.{rank}", **environment, RANK=rank, LOCAL_RANK=rank) for rank in range(world)
-    ]
+    return [start(rank, output=f"{output}.{rank}", **environment, RANK=rank, LOCAL_RANK=rank) for rank in range(world)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from programs import Process, group, program
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -22,7 +23,6 @@ from data import TrainSampler, collate, eval_transform, train_transform
 from eval import evaluate
 from losses import SetCriterion
 from model import build_model
-from programs import Process, group, program
 from shapes import make_shapes
 from train import backward, lr_factor, make_schedule, parameter_groups, parse_arguments
 
@@ -311,3 +311,375 @@ def test_two_processes_are_one(shapes, fixed_points, tmp_path, monkeypatch):
     dataset = open_split(parse_arguments(["--data-root", str(shapes)]), "val", eval_transform(64, 64))
     scores = evaluate(build_model("tiny"), dataset, CPU, per_layer=True, batch_size=1)
     assert found[0]["scores"] == found[1]["scores"] == scores
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """The folder of a run of 12 iterations, three to an epoch."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    run("--output", output, *SMALL, "--save-every", 2)
+    return output
+
+
+def killed_run(flags, moment, writes):
+    """train.py in a process that kills itself: after so many seconds, or half-way through its checkpoint `writes`, and
+    in any case at the second: no attempt gets farther, so that ten do not reach the end.
+    """
+    torch.set_num_threads(1)
+    save, count = torch.save, 0
+
+    def counted_save(content, file):
+        nonlocal count
+        count += 1
+        if count == writes:
+            save(content, file)
+            file.truncate(file.tell() // 2)
+            file.flush()
+        if count in (writes, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file)
+
+    torch.save = counted_save
+    if not writes:
+        threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    sys.argv = ["train.py", *flags]
+    train.main()
+
+
+def test_killed_ten_times_and_resumed(run, shapes, uninterrupted, tmp_path):
+    """Kill -9 at ten moments, some while a checkpoint is written: weights and log are the same, bit for bit."""
+    flags = ["--output", tmp_path / "out", *SMALL, "--save-every", 1, "--resume"]
+    child = [str(flag) for flag in ["--data-root", shapes, *flags]]
+    draw, moments = random.Random(0), []
+    for _ in range(10):
+        moments.append((draw.uniform(0.1, 2.0), draw.choice([None, None, 1, 2])))
+        assert Process(killed_run, child, *moments[-1], output=tmp_path / "child").wait() == -signal.SIGKILL
+    assert sum(writes is not None for _, writes in moments) >= 2
+    run(*flags)
+    assert_same_run(tmp_path / "out", uninterrupted)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path, capsys):
+    """A signal ends the program cleanly, with a checkpoint behind the step that it came in, from which it goes on."""
+    output = tmp_path / "out"
+    flags = ["--output", output, *SMALL, "--save-every", 2, "--workers", 1]
+    process = program("train", "--data-root", shapes, *flags, output=tmp_path / "train")
+    process.until((output / "checkpoint.pt").exists)
+    process.signal(number)
+    assert process.wait() == 0 and "Traceback" not in process.err, process.err
+    assert "stopped after iteration" in process.out and "--resume" in process.out
+    stopped = checkpoint(output)["iteration"]
+    assert 2 <= stopped < 12
+    run(*flags, "--resume")
+    assert f"resuming {output / 'checkpoint.pt'} after iteration {stopped}" in capsys.readouterr().out
+    assert_same_run(output, uninterrupted)
+
+
+def test_last_two_and_best_are_kept(uninterrupted):
+    assert {path.name for path in uninterrupted.glob("*.pt")} == {"checkpoint.pt", "previous.pt", "best.pt"}
+    assert checkpoint(uninterrupted)["iteration"] == 12 and checkpoint(uninterrupted, "previous.pt")["iteration"] == 10
+    evaluations = [entry for entry in log(uninterrupted) if "box" in entry]
+    totals = [entry["box"]["AP"] + entry["mask"]["AP"] for entry in evaluations]
+    best = evaluations[totals.index(max(totals))]
+    assert checkpoint(uninterrupted, "best.pt")["iteration"] == best["iteration"]
+    assert json.loads((uninterrupted / "eval.json").read_text())["box"] == evaluations[-1]["box"]
+    assert [entry["epoch"] for entry in evaluations] == [1, 2, 3, 4]
+    assert {path.name for path in uninterrupted.glob("*.png")} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsys):
+    output = copy_of(uninterrupted, tmp_path / "out")
+    (output / "checkpoint.pt").write_bytes((output / "checkpoint.pt").read_bytes()[:1000])
+    run("--output", output, *SMALL, "--save-every", 2, "--resume")
+    printed = capsys.readouterr()
+    assert "checkpoint.pt" in printed.err and f"resuming {output / 'previous.pt'} after iteration 10" in printed.out
+    assert_same_run(output, uninterrupted)
+    for name in ("checkpoint.pt", "previous.pt"):
+        (output / name).write_bytes(b"PK")
+    with pytest.raises(InputError, match="previous.pt: not a readable checkpoint"):
+        run("--output", output, *SMALL, "--resume")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--batch-size 2", "images_per_iteration 4 instead of 2"),
+        ("--accumulate 2", "images_per_iteration 4 instead of 8"),
+        ("--seed 5", "seed 0 instead of 5"),
+        ("--no-augmentation", "augment True instead of False"),
+        ("--keep-empty", "keep_empty False instead of True"),
+        ("--backbone-lr 0", "frozen_backbone False instead of True"),
+        ("--decoder-layers 2", "decoder_layers 3 instead of 2"),
+        ("--no-bato", "bato True instead of False"),
+        ("--selections 30", "selections"),
+    ],
+)
+def test_other_settings_are_not_resumed(flags, named, run, uninterrupted):
+    with pytest.raises(InputError, match=f"{named}.*--init"):
+        run("--output", uninterrupted, *SMALL, "--resume", *flags.split())
+
+
+def test_a_longer_schedule_in_another_split_is_resumed(run, uninterrupted, tmp_path, capsys):
+    """As many images per iteration, in two batches: goes on. So it does with --grad-checkpoint, which changes nothing."""
+    output = copy_of(uninterrupted, tmp_path / "out")
+    split = ["--batch-size", 2, "--accumulate", 2, "--grad-checkpoint", "--no-eval"]
+    run("--output", output, *SMALL, "--epochs", 5, "--resume", *split)
+    assert "the schedule has changed in batch_size, iterations, milestones" in capsys.readouterr().out
+    assert checkpoint(output)["iteration"] == 15
+
+
+def test_nothing_to_resume(run, tmp_path, capsys):
+    run("--output", tmp_path / "out", *SMALL, "--resume", "--max-iterations", 1)
+    assert f"nothing to resume in {tmp_path / 'out'}: starting anew" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "out")["iteration"] == 1
+
+
+def test_full_disk(shapes, tmp_path):
+    """No room for a second checkpoint on a small disk: one clear line, and the first one still loads."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        flags = ["--data-root", shapes, "--output", disk / "out", *SMALL, "--save-every", 1]
+        process = program("train", *flags, output=tmp_path / "train")
+        assert process.wait() == 1 and "Traceback" not in process.err
+        [line] = [line for line in process.err.splitlines() if "error:" in line]
+        assert "checkpoint.pt: cannot be written" in line
+        assert checkpoint(disk / "out")["iteration"] == 1
+        assert not list((disk / "out").glob("*.tmp"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# Several processes
+
+
+def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
+    """The program itself under torchrun: one log, one checkpoint, every image once, and nothing but its own words."""
+    flags = ["--data-root", shapes, "--output", tmp_path / "out", *SMALL, "--epochs", 2, "--warmup", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    process = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "arning" not in process.stderr
+    entries = log(tmp_path / "out")
+    assert [entry["epoch"] for entry in entries if "box" in entry] == [1, 2]
+    assert checkpoint(tmp_path / "out")["iteration"] == 6
+    assert process.stdout.count("images of 10 classes to train on") == 1
+
+
+def two_programs(tmp_path, *flags, by_rank=None):
+    """train.py in two processes, by_rank[rank] being flags of one alone; their list."""
+    start = lambda rank, **options: program("train", *flags, *(by_rank or {}).get(rank, []), **options)  # noqa: E731
+    return group(start, tmp_path / "train")
+
+
+def test_nodes_that_differ(shapes, uninterrupted, tmp_path):
+    """One process has the checkpoint and the other has not: both end before the first step, and one says why."""
+    other = tmp_path / "other"
+    flags = ["--data-root", shapes, *SMALL, "--resume", "--output"]
+    processes = two_programs(tmp_path, *flags, by_rank={0: [uninterrupted], 1: [other, "--lr", 1]})
+    assert [process.wait() for process in processes] == [1, 1]
+    first, second = (process.err for process in processes)
+    assert (
+        "warning: iteration: 12 in process 0, 0 in process 1" in first and "warning: lr: 0.00025 in process 0" in first
+    )
+    assert "the processes differ in iteration, seconds, lr, backbone_lr" in first.splitlines()[-1]
+    assert "Traceback" not in first + second and "error" not in second and not other.exists()
+
+
+def test_an_error_in_one_process_ends_all(shapes, tmp_path):
+    flags = ["--data-root", shapes, *SMALL, "--output", tmp_path / "out"]
+    processes = two_programs(tmp_path, *flags, by_rank={1: ["--init", tmp_path / "none.pt"]})
+    assert [process.wait() for process in processes] == [1, 1]
+    assert [process.err.count("error") for process in processes] == [0, 1]
+    assert "none.pt: no such checkpoint" in processes[1].err and "Traceback" not in processes[0].err + processes[1].err
+
+
+def test_a_signal_in_one_process_while_it_evaluates(shapes, tmp_path):
+    """All stop, with a checkpoint, and nobody waits for the one that is gone."""
+    output = tmp_path / "out"
+    flags = ["--data-root", shapes, *SMALL, "--output", output, "--test-size", 512, 512]
+    processes = two_programs(tmp_path, *flags)
+    processes[1].until((output / "checkpoint.pt").exists)  # written at the end of the epoch; the evaluation is next
+    processes[1].signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].err
+    assert "stopped after iteration 3" in processes[0].out
+    assert "Traceback" not in processes[0].err + processes[1].err
+
+
+# Steps that fail, precision, frozen parts
+
+
+def test_a_loss_that_is_not_finite(run, uninterrupted, tmp_path, monkeypatch):
+    """Training ends with the images' ids, the terms and the state before the step."""
+    forward, calls = SetCriterion.forward, []
+
+    def broken(self, outputs, targets, num_instances=None):
+        calls.append([target["image_id"] for target in targets])
+        terms = forward(self, outputs, targets, num_instances)
+        if len(calls) == 11:
+            terms["loss_giou_1"] = terms["loss_giou_1"] * math.nan
+        return terms
+
+    monkeypatch.setattr(SetCriterion, "forward", broken)
+    with pytest.raises(InputError) as error:
+        run("--output", tmp_path / "out", *SMALL, "--save-every", 2, "--no-eval")
+    assert "iteration 11: loss_giou_1 not finite" in str(error.value) and str(calls[10]) in str(error.value)
+    before = checkpoint(tmp_path / "out", "nonfinite.pt")
+    reference = checkpoint(uninterrupted, "previous.pt")  # behind iteration 10
+    assert before["iteration"] == 10
+    for name, value in reference["model"].items():
+        assert torch.equal(before["model"][name], value), name
+    for key, state in reference["optimizer"]["state"].items():
+        assert torch.equal(before["optimizer"]["state"][key]["exp_avg_sq"], state["exp_avg_sq"])
+    assert before["window"].keys() == reference["window"].keys() and before["window"]["loss"].isfinite()
+    assert checkpoint(tmp_path / "out")["iteration"] == 10
+
+
+def test_a_gradient_that_is_not_finite(run, tmp_path, monkeypatch):
+    """The step does not take place; with a scaler such gradients are expected, and only the step is left out."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, *args):
+        parameters = list(parameters)
+        parameters[0].grad.fill_(math.inf)
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(InputError, match="iteration 1: the gradient not finite"):
+        run("--output", tmp_path / "out", *SMALL, "--no-eval")
+    assert checkpoint(tmp_path / "out", "nonfinite.pt")["iteration"] == 0
+
+
+def test_rates_that_are_too_high(run, tmp_path):
+    """Training that diverges ends in the message, and not in a traceback of what cannot go on with its numbers."""
+    with pytest.raises(InputError, match="not finite on images .*nonfinite.pt.*lower --lr"):
+        run("--output", tmp_path / "out", *SMALL, "--epochs", 20, "--warmup", 0, "--lr", 1e4, "--no-eval")
+    assert checkpoint(tmp_path / "out", "nonfinite.pt")["iteration"] >= 1
+
+
+def test_precision(run, tmp_path):
+    """Activations in half precision, losses and weights in float32; the losses stay near those of float32."""
+    losses = {}
+    for precision in ("auto", "float32", "bfloat16", "published"):
+        output = tmp_path / precision
+        run("--output", output, *SMALL, "--max-iterations", 1, "--no-eval", "--precision", precision)
+        found = checkpoint(output)
+        assert all(value.dtype == torch.float32 for value in [*found["window"].values(), *found["model"].values()]
+                   if value.is_floating_point())  # fmt: skip
+        assert (found["scaler"] is not None) == (precision == "published")
+        losses[precision] = float(found["window"]["loss"])
+    assert losses["auto"] == losses["float32"]  # on the CPU
+    for precision in ("bfloat16", "published"):
+        assert losses[precision] != losses["float32"]
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_a_frozen_backbone(run, tmp_path, monkeypatch):
+    """--backbone-lr 0: no change, no gradient, evaluation mode; with all else as ever."""
+    modes, forward = [], train.DIMaskDINO.forward
+
+    def watched(self, *args, **options):
+        modes.append((self.training, self.backbone.training))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(train.DIMaskDINO, "forward", watched)
+    run("--output", tmp_path / "out", *SMALL, "--backbone-lr", 0, "--max-iterations", 2, "--no-eval")
+    torch.manual_seed(0)
+    before, after = build_model("tiny").state_dict(), checkpoint(tmp_path / "out")["model"]
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed and not any(name.startswith("backbone") for name in changed)
+    assert modes == [(True, False)] * 2
+
+
+# What is trained on, and what is said about it
+
+
+def test_three_lines_and_warnings(run, tmp_path, capsys):
+    output = tmp_path / "out"
+    run("--output", output, *SMALL, "--selections", "6,3", "--max-iterations", 2, "--accumulate", 2, "--no-eval")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    start = lines.index("12 images of 10 classes to train on, no evaluation")
+    assert lines[start + 1].startswith("2 iterations, 1.33 epochs; warm-up: 100; learning rate 0.0005, ")
+    assert lines[start + 2] == f"8 images an iteration, 4 x 1 processes x 2 batches; on cpu; output in {output}"
+    assert "warning: the warm-up takes 100 of 2 iterations" in printed.err
+    assert "of 12 images hold more instances than the model has queries, up to" in printed.err
+    assert not list(output.glob("*.png")) and not (output / "best.pt").exists() and not (output / "eval.json").exists()
+
+
+def changed_copy(shapes, target, change):
+    """The paths of annotation files that went through change(content, split), and the flags that name all files."""
+    flags = []
+    for split in ("train", "val"):
+        content = json.loads((shapes / f"annotations/instances_{split}2017.json").read_text())
+        change(content, split)
+        path = target / f"{split}.json"
+        path.write_text(json.dumps(content))
+        flags += [f"--{split}-json", str(path), f"--{split}-images", str(shapes / f"images/{split}2017")]
+    return flags
+
+
+def test_images_without_instances(shapes, tmp_path):
+    """They are background with --keep-empty, and are left out otherwise; both train."""
+
+    def change(content, split):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 4]
+
+    flags = [*changed_copy(shapes, tmp_path, change), "--no-eval", "--seed", "1"]
+    for number, more in ((8, []), (12, ["--keep-empty"])):
+        args = parse_arguments([*flags, *more, *SMALL, "--output", str(tmp_path / str(number))])
+        trainer = train.Trainer(args, CPU, 0, 1)
+        assert len(trainer.train_set) == number
+        trainer.run()
+        assert trainer.iteration == number and trainer.val_set is None
+
+
+def test_a_class_less_in_val(shapes, tmp_path):
+    """Classes are matched by name: AP does not depend on the ids that val gives them, or on the classes it lacks."""
+
+    def renumber(content, split):
+        if split == "val":
+            gone = content["categories"].pop(0)["id"]
+            content["annotations"] = [
+                a | {"category_id": 100 - a["category_id"]} for a in content["annotations"] if a["category_id"] != gone
+            ]
+            for category in content["categories"]:
+                category["id"] = 100 - category["id"]
+
+    def unknown(content, split):
+        content["categories"][0]["name"] += f" of {split}"
+
+    args = [*SMALL, "--output", str(tmp_path / "out")]
+    trainer = train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, renumber), *args]), CPU, 0, 1)
+    assert [trainer.train_set.classes[label] for label in trainer.labels] == trainer.val_set.classes
+    with pytest.raises(InputError, match="circle of val"):
+        train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, unknown), *args]), CPU, 0, 1)
+
+
+def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
+    json_file, images = str(shapes / "annotations/instances_train2017.json"), str(shapes / "images/train2017")
+    flags = ["--train-json", json_file, "--val-json", json_file, "--train-images", images, "--val-images", images]
+    flags += ["--test-size", "48", "48", "--train-size", "96", "--output", str(tmp_path / "out")]
+
+    def samples(*more):
+        trainer = train.Trainer(parse_arguments([*flags, *more]), CPU, 0, 1)
+        return trainer.train_set[3], trainer.val_set[3]
+
+    (image, target), (expected, truth) = samples("--no-augmentation")
+    assert image.shape == (3, 48, 48) and torch.equal(image, expected)
+    assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
+    assert samples()[0][0].shape == (3, 96, 96)
