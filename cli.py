@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -274,8 +275,9 @@ def warn(line):
 def run_program(main):
     """Run a program's `main`; bad data, bad input and files that cannot be written end it with one line and status 1.
 
-    Ctrl-C ends it without a traceback.
+    Ctrl-C ends it without a traceback. Warnings take one line as well.
     """
+    warnings.formatwarning = lambda message, *_: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         main()
     except (DataError, InputError, OSError) as error:

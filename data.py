@@ -63,19 +63,12 @@ class CocoInstances(Dataset):
         """Image (3, H, W) float32 RGB in [0, 1] and its target; crowds and instances without a pixel are left out.
 
         image_id int; labels (n,) int64; boxes (n, 4) float32, absolute xyxy of the transformed image, tight around the
-        masks' pixel edges; masks (n, H, W) bool; original_size (H, W) of the image as stored in the file: EXIF
-        orientation is not applied, because COCO annotations refer to the stored pixels.
+        masks' pixel edges; masks (n, H, W) bool; original_size (H, W) of the image as annotated.
         """
         image_id = self.image_ids[index]
         entry = self.coco.imgs[image_id]
         height, width = entry["height"], entry["width"]
-        path = self.image_dir / entry["file_name"]
-        image = read_image(path)
-        if image.shape[1:] != (height, width):
-            raise DataError(
-                f"{path}: the image is {image.shape[2]}x{image.shape[1]}, its annotation file says {width}x{height};"
-                " correct the file or the annotations"
-            )
+        image = read_image(self.image_dir / entry["file_name"], (height, width))
         instances = self.instances[image_id]
         target = {
             "image_id": image_id,

@@ -98,7 +98,7 @@ def main():
     results, failures, names = [], [], set()
     for image_id, path in enumerate(tqdm(images, desc="predict", disable=None), start=1):
         try:
-            image = read_image(path, exif=True)
+            image = read_image(path)
         except DataError as error:
             failures.append(path)
             print(f"predict.py: {error}", file=sys.stderr)

@@ -125,13 +125,14 @@ def write_annotations(folder, count):
         file.write('], "annotations": [')
         for i in range(annotations):
             points = rng.choices(range(64_000), k=2 * rng.randint(5, 40))
-            polygon = [value / 100 if axis % 2 == 0 else value / 134 for axis, value in enumerate(points)]
+            polygon = [round(value / (134 if axis % 2 else 100), 2) for axis, value in enumerate(points)]
+            x, y = min(polygon[::2]), min(polygon[1::2])
             entry = {
-                "segmentation": [[round(value, 2) for value in polygon]],
+                "segmentation": [polygon],
                 "area": round(rng.random() * 1e4, 4),
                 "iscrowd": 0,
                 "image_id": rng.randrange(count),
-                "bbox": [10.55, 20.25, 100.5, 80.75],
+                "bbox": [x, y, round(max(polygon[::2]) - x, 2), round(max(polygon[1::2]) - y, 2)],
                 "category_id": rng.randint(1, 80),
                 "id": i,
             }

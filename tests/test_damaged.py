@@ -157,7 +157,7 @@ MASKS, MASK = "bdd100k/labels/ins_seg/bitmasks/train", "bdd100k/labels/ins_seg/b
 MASKED = "bdd100k/images/10k/train/a.jpg"
 NAN, SHORT = float("nan"), {"size": [64, 64], "counts": [3, 5]}
 FILES = {  # what is wrong: the program and its data, the file, what is done to it, what the line says besides its name
-    "annotation file missing": ("train coco", TRAIN, remove, "no such file"),
+    "annotation file missing": ("train coco", TRAIN, remove, "has neither"),
     "annotation file cut off": ("train coco", TRAIN, cut, "is not JSON"),
     "annotation file empty": ("eval coco", VAL, text(""), "is not JSON"),
     "annotation file of another kind": ("eval coco", VAL, text("[1, 2]"), "not in COCO format"),
@@ -173,13 +173,13 @@ FILES = {  # what is wrong: the program and its data, the file, what is done to 
     "checkpoint of other classes": ("eval coco", "coco.pt", copy_of("bdd100k.pt"), "for 8 classes"),
     # annotations
     "no images": ("train coco", TRAIN, edit(lambda content: content.update(images=[])), "the data set is empty"),
-    "two points": ("train coco", TRAIN, first(segmentation=[[1, 1, 5, 5]]), "annotation 1: polygon with fewer"),
+    "two points": ("train coco", TRAIN, every("annotations", segmentation=[[1, 1, 5, 5]]), "no annotation is left.*no area"),
     "polygon of NaN": ("train coco", TRAIN, first(segmentation=[[1, 1, 5, 5, 9, NAN]]), "1: polygon with coordinates"),
     "RLE of another size": ("eval coco", VAL, first(segmentation={"size": [9, 9]}), "annotation 1: RLE of size"),
     "RLE too short": ("eval coco", VAL, first(segmentation=SHORT), "annotation 1: RLE whose counts do not add up"),
-    "box without width": ("train coco", TRAIN, first(bbox=[1, 1, 0, 5]), "annotation 1: box .*has no area"),
+    "box without width": ("train coco", TRAIN, every("annotations", bbox=[1, 1, 0, 5]), "annotation 1: box .*no area"),
     "unknown category": ("train coco", TRAIN, first(category_id=99), "annotation 1: unknown category id 99"),
-    "unknown image": ("eval coco", VAL, first(image_id=99), "annotation 1: unknown image id 99"),
+    "unknown image": ("eval coco", VAL, every("annotations", image_id=99), "annotation 1: unknown image id 99"),
     "two images of one id": ("train coco", TRAIN, every("images", id=1), "id 1 occurs twice in 'images'"),
     "only crowds": ("train coco", TRAIN, every("annotations", iscrowd=1), "no image has an instance to train on"),
     # BDD100K
