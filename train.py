@@ -119,7 +119,7 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
         if in_backbone and backbone_lr == 0:
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            decayed = not (isinstance(module, norms) or name in ("relative_position_bias_table",))
+            decayed = not (isinstance(module, norms) or name == "relative_position_bias_table")
             rate, decay = backbone_lr if in_backbone else lr, weight_decay if decayed else 0.0
             group = {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
             groups.setdefault((rate, decay), group)["params"].append(parameter)
