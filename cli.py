@@ -86,10 +86,13 @@ def generate_shapes(args):
         make_shapes(args.data_root or f"runs/{kind}", hard=kind == "shapes-hard")
 
 
-def open_split(args, split, transform):
-    """The data set that the flags name, split "train" or "val". Raises DataError, also for flags that are missing."""
+def open_split(args, split, test_size=(800, 1333), augmentation=None):
+    """The data set that the flags name, split "train", "val" or "test"; sizes as CocoInstances takes them.
+
+    Raises DataError, also for flags that are missing.
+    """
     kind, flags, read = data_kind(args), f"--{split}-json and --{split}-images", read_annotations
-    annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+    annotation_file, image_dir = getattr(args, f"{split}_json", None), getattr(args, f"{split}_images", None)
     if bool(annotation_file) != bool(image_dir):
         missing = "images" if annotation_file else "json"
         raise DataError(f"{flags} belong together: --{split}-{missing} is missing")
@@ -108,8 +111,8 @@ def open_split(args, split, transform):
         read = read_bdd100k
     else:
         annotation_file, image_dir = coco_paths(args.data_root, split)
-    training = split == "train" and not getattr(args, "keep_empty", False)
-    return CocoInstances(annotation_file, image_dir, transform, training, read)
+    keep_empty = getattr(args, "keep_empty", False)
+    return CocoInstances(annotation_file, image_dir, split == "train", test_size, augmentation, keep_empty, read)
 
 
 def warn_of_crowded_images(dataset, queries):

@@ -20,7 +20,7 @@ from checkpoint import load_model
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
 from coco import coco_results
 from config import InputError
-from data import collate, eval_transform
+from data import collate
 from model import postprocess
 
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")
@@ -331,7 +331,7 @@ def main():
     if output and output.resolve() in [path.resolve() for path in results]:
         raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
-    dataset = open_split(args, args.split, eval_transform(*model.config.test_size))
+    dataset = open_split(args, args.split, model.config.test_size)
     labels = match_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
     annotated = bool(dataset.coco.anns)
     if not annotated and not results:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+from coco import check_sizes, match_classes
 from config import PRESETS, InputError, add_config_arguments, config_from
-from data import eval_transform, seed_of, to_device, train_batches, train_transform
-from eval import evaluate, match_classes, percent
+from data import seed_of, to_device, train_batches
+from eval import evaluate, percent
 from losses import SetCriterion
 from model import DIMaskDINO, postprocess
 from predict import draw_instances, save_png
@@ -154,10 +155,10 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
 def save_picture(model, classes, dataset, device, path, count=6, threshold=0.3):
     """PNG of the first images of a data set, the ground truth in the upper row and the detections below."""
     columns = []
-    for image, target in (dataset[index] for index in range(min(count, len(dataset)))):
+    for pixels, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
+        image = pixels / 255
         [found] = postprocess(model([image.to(device)]), [image.shape[1:]], [image.shape[1:]])
         found = {name: value[found["scores"] >= threshold].cpu() for name, value in found.items()}
-        pixels = (image * 255).round().to(torch.uint8)
         pair = draw_instances(pixels, target, dataset.classes), draw_instances(pixels, found, classes)
         columns.append(torch.cat(pair, 1))
     height = max(column.shape[1] for column in columns)
@@ -175,12 +176,13 @@ class Trainer:
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.output = Path(args.output)
         config = config_from(args)
-        plain = eval_transform(*config.test_size)
-        augmented = train_transform(config.train_size, config.train_scale)
-        self.train_set = cli.open_split(args, "train", augmented if args.augment else plain)
-        self.val_set = cli.open_split(args, "val", plain) if args.evaluate else None
+        augmentation = (config.train_size, config.train_scale) if args.augment else None
+        self.train_set = cli.open_split(args, "train", config.test_size, augmentation)
+        self.val_set = cli.open_split(args, "val", config.test_size) if args.evaluate else None
         if self.val_set is not None:
-            self.labels = match_classes("the model", self.train_set.classes, self.val_set.classes)
+            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
+            _, labels = match_classes(self.train_set.classes, self.val_set.classes, self.val_set.category_ids)
+            self.labels = [labels[category_id] for category_id in self.val_set.category_ids]
         config = replace(config, num_classes=len(self.train_set.classes))
         self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
