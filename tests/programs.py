@@ -1,6 +1,10 @@
-"""Runs the programs as processes of their own, forked from one that has imported them: a new Python needs seconds."""
+"""Runs the programs as processes of their own, and compares what they leave.
+
+The processes are forked from one that has imported the programs: a new Python needs seconds for it.
+"""
 
 import importlib
+import json
 import multiprocessing
 import os
 import socket
@@ -9,6 +13,9 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
+SMALL = "--batch-size 4 --workers 0 --device cpu --epochs 4".split()
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["programs", "train", "eval", "predict"])
 
@@ -80,3 +87,33 @@ def group(start, output, world=2, **environment):
         port = free.getsockname()[1]
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world}
     return [start(rank, output=f"{output}.{rank}", **environment, RANK=rank, LOCAL_RANK=rank) for rank in range(world)]
+
+
+def checkpoint(folder, name="checkpoint.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log(folder):
+    """The entries of a log without what tells the time."""
+    times = "seconds", "images_per_second", "waiting"
+    entries = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in times} for entry in entries]
+
+
+def assert_same_run(folder, other):
+    """Weights, state of the optimizer and log are equal, bit for bit."""
+    ours, theirs = checkpoint(folder), checkpoint(other)
+    assert ours["iteration"] == theirs["iteration"]
+    for name, value in theirs["model"].items():
+        assert torch.equal(ours["model"][name], value), name
+    for key, state in theirs["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(ours["optimizer"]["state"][key][name], value)
+    assert log(folder) == log(other)
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from programs import Process, group, program
+from programs import SMALL, Process, assert_same_run, checkpoint, group, log, program
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -21,62 +21,13 @@ from cli import open_split
 from config import InputError
 from data import TrainSampler, collate
 from eval import evaluate
+from images import DataError
 from losses import SetCriterion
 from model import build_model
-from shapes import make_shapes
 from train import backward, lr_factor, make_schedule, parameter_groups, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--batch-size 4 --workers 0 --device cpu --epochs 4".split()
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A small generated data set in COCO's layout: 12 images to train on."""
-    root = tmp_path_factory.mktemp("shapes")
-    make_shapes(root, train=12, val=4, size=64)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(shapes):
-    """train.py's main with these flags, in this process; arguments and the handlers of signals are put back."""
-
-    def main(*flags):
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["train.py", "--data-root", str(shapes), *map(str, flags)])
-            try:
-                train.main()
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    return main
-
-
-def checkpoint(folder, name="checkpoint.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def log(folder):
-    """The entries of a log without what tells the time."""
-    times = "seconds", "images_per_second", "waiting"
-    entries = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name not in times} for entry in entries]
-
-
-def assert_same_run(folder, other):
-    """Weights, state of the optimizer and log are equal, bit for bit."""
-    ours, theirs = checkpoint(folder), checkpoint(other)
-    assert ours["iteration"] == theirs["iteration"]
-    for name, value in theirs["model"].items():
-        assert torch.equal(ours["model"][name], value), name
-    for key, state in theirs["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(ours["optimizer"]["state"][key][name], value)
-    assert log(folder) == log(other)
 
 
 # Schedules
@@ -133,7 +84,7 @@ def test_parameter_groups():
             assert settings["lr"] == settings["base_lr"] == (1e-4 if name.startswith("backbone") else 1e-3)
             plain = "norm" in name or "embedding" in name or ".bn" in name
             assert not (plain and settings["weight_decay"]), name
-    decays = {names[p]: group["weight_decay"] for settings in groups for p in settings["params"]}
+    decays = {names[p]: settings["weight_decay"] for settings in groups for p in settings["params"]}
     assert decays["encoder.level_embed"] == decays["backbone.body.conv1.weight"] == 0.05
     assert decays["denoising.label_embedding.weight"] == decays["backbone.body.bn1.weight"] == 0
     frozen = parameter_groups(model, 1e-3, 0)
@@ -316,14 +267,6 @@ def test_two_processes_are_one(shapes, fixed_points, tmp_path, monkeypatch):
 # Resuming
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(run, tmp_path_factory):
-    """The folder of a run of 12 iterations, three to an epoch."""
-    output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    run("--output", output, *SMALL, "--save-every", 2)
-    return output
-
-
 def killed_run(flags, moment, writes):
     """train.py in a process that kills itself: after so many seconds, or half-way through its checkpoint `writes`, and
     in any case at the second: no attempt gets farther, so that ten do not reach the end.
@@ -390,78 +333,6 @@ def test_last_two_and_best_are_kept(uninterrupted):
     assert json.loads((uninterrupted / "eval.json").read_text())["box"] == evaluations[-1]["box"]
     assert [entry["epoch"] for entry in evaluations] == [1, 2, 3, 4]
     assert {path.name for path in uninterrupted.glob("*.png")} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
-
-
-def copy_of(folder, target):
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
-def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsys):
-    output = copy_of(uninterrupted, tmp_path / "out")
-    (output / "checkpoint.pt").write_bytes((output / "checkpoint.pt").read_bytes()[:1000])
-    run("--output", output, *SMALL, "--save-every", 2, "--resume")
-    printed = capsys.readouterr()
-    assert "checkpoint.pt" in printed.err and f"resuming {output / 'previous.pt'} after iteration 10" in printed.out
-    assert_same_run(output, uninterrupted)
-    for name in ("checkpoint.pt", "previous.pt"):
-        (output / name).write_bytes(b"PK")
-    with pytest.raises(InputError, match="previous.pt: not a readable checkpoint"):
-        run("--output", output, *SMALL, "--resume")
-
-
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--batch-size 2", "images_per_iteration 4 instead of 2"),
-        ("--accumulate 2", "images_per_iteration 4 instead of 8"),
-        ("--seed 5", "seed 0 instead of 5"),
-        ("--no-augmentation", "augment True instead of False"),
-        ("--keep-empty", "keep_empty False instead of True"),
-        ("--backbone-lr 0", "frozen_backbone False instead of True"),
-        ("--decoder-layers 2", "decoder_layers 3 instead of 2"),
-        ("--no-bato", "bato True instead of False"),
-        ("--selections 30", "selections"),
-    ],
-)
-def test_other_settings_are_not_resumed(flags, named, run, uninterrupted):
-    with pytest.raises(InputError, match=f"{named}.*--init"):
-        run("--output", uninterrupted, *SMALL, "--resume", *flags.split())
-
-
-def test_a_longer_schedule_in_another_split_is_resumed(run, uninterrupted, tmp_path, capsys):
-    """As many images per iteration, in two batches: goes on; so it does with --grad-checkpoint, as nothing changes."""
-    output = copy_of(uninterrupted, tmp_path / "out")
-    split = ["--batch-size", 2, "--accumulate", 2, "--grad-checkpoint", "--no-eval"]
-    run("--output", output, *SMALL, "--epochs", 5, "--resume", *split)
-    assert "the schedule has changed in batch_size, iterations, milestones" in capsys.readouterr().out
-    assert checkpoint(output)["iteration"] == 15
-
-
-def test_nothing_to_resume(run, tmp_path, capsys):
-    run("--output", tmp_path / "out", *SMALL, "--resume", "--max-iterations", 1)
-    assert f"nothing to resume in {tmp_path / 'out'}: starting anew" in capsys.readouterr().out
-    assert checkpoint(tmp_path / "out")["iteration"] == 1
-
-
-def test_full_disk(shapes, tmp_path):
-    """No room for a second checkpoint on a small disk: one clear line, and the first one still loads."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    try:
-        flags = ["--data-root", shapes, "--output", disk / "out", *SMALL, "--save-every", 1]
-        process = program("train", *flags, output=tmp_path / "train")
-        assert process.wait() == 1 and "Traceback" not in process.err
-        [line] = [line for line in process.err.splitlines() if "error:" in line]
-        assert "checkpoint.pt: cannot be written" in line
-        assert checkpoint(disk / "out")["iteration"] == 1
-        assert not list((disk / "out").glob("*.tmp"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 # Several processes
@@ -672,7 +543,7 @@ def test_a_class_less_in_val(shapes, tmp_path):
     args = [*SMALL, "--output", str(tmp_path / "out")]
     trainer = train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, renumber), *args]), CPU, 0, 1)
     assert [trainer.train_set.classes[label] for label in trainer.labels] == trainer.val_set.classes
-    with pytest.raises(InputError, match="circle of val"):
+    with pytest.raises(DataError, match="circle of val"):
         train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, unknown), *args]), CPU, 0, 1)
 
 
@@ -683,9 +554,9 @@ def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
 
     def samples(*more):
         trainer = train.Trainer(parse_arguments([*flags, *more]), CPU, 0, 1)
-        return trainer.train_set[3], trainer.val_set[3]
+        return trainer.train_set[3], trainer.val_set[3][0], trainer.val_set.ground_truth(3)[1]
 
-    (image, target), (expected, truth) = samples("--no-augmentation")
+    (image, target), expected, truth = samples("--no-augmentation")
     assert image.shape == (3, 48, 48) and torch.equal(image, expected)
     assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
     assert samples()[0][0].shape == (3, 96, 96)
