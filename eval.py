@@ -17,7 +17,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+from cli import (
+    add_data_arguments,
+    add_precision_argument,
+    autocast_dtype,
+    choose_device,
+    gather,
+    open_split,
+    positive,
+    run_program,
+)
 from coco import coco_results
 from config import InputError
 from data import collate
@@ -312,6 +321,7 @@ def parse_arguments():
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add("--split", choices=["val", "test"], default="val",
         help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
+    add_precision_argument(parser)
     add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
@@ -331,6 +341,9 @@ def main():
     if output and output.resolve() in [path.resolve() for path in results]:
         raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
+    autocast = autocast_dtype(args.precision, device)
+    if args.precision == "published":
+        model.use_published_precision()
     dataset = open_split(args, args.split, model.config.test_size)
     labels = match_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
     annotated = bool(dataset.coco.anns)
@@ -338,7 +351,7 @@ def main():
         raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
 
     found = detect(model, dataset, device, args.workers, args.per_layer, args.batch_size, args.max_detections,
-                   labels=labels)  # fmt: skip
+                   autocast, labels)  # fmt: skip
     if annotated:
         scores = score(dataset, found, args.max_detections, args.per_class)
         print_scores(scores)
