@@ -198,6 +198,8 @@ def join_processes(name):
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:150]
         raise InputError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
+    if rank > 0:
+        warnings.simplefilter("ignore")  # the first process gives them
     return device, rank, local_rank or 0, world
 
 

@@ -384,6 +384,11 @@ def test_precision():
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is False
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "published"])
+def test_evaluation_in_half_precision(good, capsys, monkeypatch, precision):
+    assert run(capsys, monkeypatch, good, [*command("eval coco"), "--precision", precision]) == (0, "")
+
+
 @pytest.mark.parametrize(
     "environment, message",
     [
