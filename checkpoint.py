@@ -76,12 +76,11 @@ def save_checkpoint(path, checkpoint, keep=None):
             link(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free / 2**20
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
-            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
-        raise
+            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
+        raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def link(path, name):

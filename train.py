@@ -224,7 +224,9 @@ class Trainer:
             self.evaluations = [entry for entry in entries if "box" in entry]
         for line in lines:
             cli.say(line)
-        self.stop = min(self.schedule.iterations, args.max_iterations or self.schedule.iterations)
+        self.stop = self.schedule.iterations
+        if args.max_iterations is not None:
+            self.stop = min(self.stop, args.max_iterations)
         self.signals, self.evaluating = [], False
 
     def save(self, name="checkpoint.pt", keep=None):
