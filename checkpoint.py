@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, read, the newest one, and what a training starts from."""
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -61,8 +62,8 @@ def load_model(path, device="cpu"):
 def save_checkpoint(path, checkpoint, keep=None):
     """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
 
-    keep: a name in the same folder for the file that was at `path`. Raises InputError where the disk does not take it;
-    what was at `path` is still there then.
+    keep: a name in the same folder for the file that was at `path`. Raises InputError if the file cannot be
+    written; what was at `path` is still there then.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -75,12 +76,11 @@ def save_checkpoint(path, checkpoint, keep=None):
             link(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free / 2**20
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
-            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
-        raise
+            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
+        raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def link(path, name):
@@ -107,16 +107,75 @@ def newest_checkpoint(output):
     return None
 
 
-def check_config(path, checkpoint, config, **settings):
+def check_config(path, checkpoint, config, settings):
     """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
-    found = checkpoint["config"] | checkpoint.get("settings", {})
-    wanted = asdict(config) | settings
-    different = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items()
+    found = checkpoint["config"] | checkpoint["settings"]
+    expected = asdict(config) | settings
+    expected.pop("grad_checkpoint")  # changes no result
+    different = [f"{name} {str(found.get(name))[:80]} instead of {str(value)[:80]}" for name, value in expected.items()
                  if found.get(name) != value]  # fmt: skip
     if different:
         raise InputError(
-            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags"
+            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags, or start "
+            "a new training from its weights with --init and another --output"
         )
+
+
+def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
+    """Go on with a training: put model, optimizer and scaler into the state in which the checkpoint was written.
+
+    settings, schedule: those of now; a schedule may be another than that of the checkpoint. Returns lines to print.
+    Raises InputError.
+    """
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
+    check_config(path, checkpoint, model.config, settings)
+    rates = [group["base_lr"] for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be resumed ({reason}); start from its weights with --init") from None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["base_lr"] = rate  # the flags', which may be new
+    changed = [name for name, value in vars(schedule).items() if checkpoint["schedule"].get(name) != value]
+    lines = [f"the schedule has changed in {', '.join(changed)}"] if changed else []
+    return [f"resuming {path} after iteration {checkpoint['iteration']}", *lines]
+
+
+def read_log(path, iteration):
+    """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
+            entries.append(json.loads(line))
+    entries = [entry for entry in entries if entry["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    os.replace(temporary, path)
+    return entries
+
+
+def add_start_arguments(parser):
+    """The flags that name what a training starts from."""
+    add = parser.add_argument_group("starting point").add_argument
+    add(
+        "--backbone-weights",
+        metavar="NAME-OR-FILE",
+        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, "
+        "Microsoft's Swin or Detectron2; or none (default: torchvision's ImageNet weights; for tiny, none)",
+    )
+    add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
+    )
 
 
 def load_starting_point(model, args, classes):

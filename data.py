@@ -4,6 +4,8 @@ import contextlib
 import io
 import math
 import mmap
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
@@ -279,6 +281,13 @@ def collate(batch):
     return images, targets
 
 
+def to_device(batch, device):
+    """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
+    images, targets = batch
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training batches: randomness follows from the seed and the position in training, so that a resumed run repeats nothing
 
@@ -323,3 +332,21 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.dataset[index]
+
+
+def train_batches(dataset, batch_size, seed, start, rank, world, workers, pin_memory):
+    """Endless batches of `collate` for one of the `world` processes, as `TrainSampler` puts them together."""
+    sampler = TrainSampler(len(dataset), batch_size, seed, start, rank, world)
+    yield from DataLoader(
+        SeededDataset(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=quiet_worker,
+    )  # fmt: skip
+
+
+def quiet_worker(_):
+    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
+
+    Not by a signal, at which the main process would take them for broken.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from cli import choose_device, run_program
+from coco import coco_results
 from data import eval_transform
-from eval import coco_results
 from images import DataError, read_image
 from model import postprocess
 
