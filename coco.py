@@ -209,3 +209,10 @@ def _runs(counts):
 
 
 BDD100K_CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # category 1...8
+
+
+def encode_masks(masks):
+    """COCO's compressed RLE, {"size": [H, W], "counts": str}, of masks (k, H, W) bool on any device, as a list."""
+    # pycocotools wants columns one behind the other; turning them before the copy spares it a slow one.
+    columns = masks.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)  # (k, W, H)
+    return [rle | {"counts": rle["counts"].decode()} for rle in mask_utils.encode(columns.transpose(2, 1, 0))]

@@ -4,14 +4,11 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
@@ -19,22 +16,24 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+from coco import encode_masks
 from config import InputError
 from data import collate, eval_transform
+from drawing import save_layers
 from model import postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
 
 
 def coco_results(detections, image_id, category_ids):
-    """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries."""
+    """Detections of one image (`postprocess`, masks bool or RLE) as COCO results: a list of dictionaries."""
     boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
-    masks = np.asfortranarray(detections["masks"].cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
+    masks = detections["masks"]
+    masks = masks if isinstance(masks, list) else encode_masks(masks)
     results = []
     for score, label, box, rle in zip(
-        detections["scores"].tolist(), detections["labels"].tolist(), boxes, mask_utils.encode(masks), strict=True
+        detections["scores"].tolist(), detections["labels"].tolist(), boxes, masks, strict=True
     ):
-        rle["counts"] = rle["counts"].decode()
         results.append(
             {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
         )
@@ -117,42 +116,6 @@ def print_scores(scores):
             gap = None if None in (box, mask) else box - mask
             name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
-
-
-def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
-    """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
-
-    axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
-    """
-    layers = np.arange(len(box))
-    box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
-    error = {"capsize": 2, "ecolor": "black" if np.any(box_sd) else "none"}
-    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", **error)
-    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", **error)
-    for layer, top, gap in zip(layers, np.fmax(box + box_sd, mask + mask_sd), box - mask, strict=True):
-        if np.isfinite(gap):
-            axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(layers, ["input", *map(str, layers[1:])])
-    axes.set_xlabel("decoder layer")
-    axes.margins(y=0.15)
-
-
-def save_layers(scores, path):
-    """PNG of the bars of `draw_layers` for what `evaluate` with per_layer returns; a line on stderr without matplotlib.
-
-    path: of the file to write.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
-        return
-    figure = Figure(figsize=(1.5 + 0.8 * len(scores["layers"]), 3.5), layout="constrained")
-    axes = figure.subplots()
-    draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
-    axes.set_ylabel("AP (numbers: box - mask)")
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=150)
 
 
 def main():

@@ -23,11 +23,12 @@ from checkpoint import check_config, link, load_starting_point, newest_checkpoin
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from drawing import draw_instances, save_png
 from eval import evaluate, percent
 from images import DataError
 from losses import SetCriterion
 from model import DIMaskDINO
-from predict import draw_instances, predict, save_png
+from predict import predict
 
 # The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
 SCHEDULES = {

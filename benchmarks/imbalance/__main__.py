@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from benchmarks.experiments import ROOT, ROWS
 from data import make_shapes
-from eval import draw_layers
+from drawing import draw_layers
 from model import PRESETS
 
 FOLDER = Path(__file__).resolve().parent
