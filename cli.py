@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -90,6 +91,11 @@ def choose_device(name):
         raise InputError(f"--device {name}: no such device; use cpu, cuda or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no usable CUDA GPU here; use --device cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
     return device
 
 
@@ -103,8 +109,28 @@ def gather(value):
 
 
 def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1."""
+    """Run a program's `main`; bad data, bad input, lack of memory and Ctrl-C end it with one line, not 0 as status."""
+    program = Path(sys.argv[0]).name
     try:
         main()
     except (DataError, InputError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, NotImplementedError, RuntimeError) as error:
+        if not (reason := resource_error(error)):
+            raise
+        sys.exit(f"{program}: error: {reason}")
+
+
+def resource_error(error):
+    """The line for an exception that says that memory or an operation of the device is missing; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        asked = re.search(r"allocate (?:memory: you tried to allocate )?([\d.]+ ?\w+)", text)
+        asked = f" ({asked[1]} asked for)" if asked else ""
+        return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
+    if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
+        return f"the device cannot run the model ({text[:150]}); use --device cpu"
+    return None

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
+from torchvision.ops import box_convert
 
+from config import InputError
 from images import DataError
 
 
@@ -212,7 +214,40 @@ BDD100K_CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motor
 
 
 def encode_masks(masks):
-    """COCO's compressed RLE, {"size": [H, W], "counts": str}, of masks (k, H, W) bool on any device, as a list."""
-    # pycocotools wants columns one behind the other; turning them before the copy spares it a slow one.
-    columns = masks.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)  # (k, W, H)
-    return [rle | {"counts": rle["counts"].decode()} for rle in mask_utils.encode(columns.transpose(2, 1, 0))]
+    """Compressed RLE of masks (n, H, W) bool, on any device: a list of {"size": [H, W], "counts": str}.
+
+    The same as pycocotools' `encode`, which wants all masks turned into its column-major order first, three quarters of
+    its time: here only the places where a column changes are.
+    """
+    rles = []
+    height, width = masks.shape[1:]
+    for mask in masks.cpu().numpy():
+        changes = np.empty_like(mask)  # a pixel differs from the one before it, down the columns
+        np.not_equal(mask[1:], mask[:-1], out=changes[1:])
+        changes[0, 1:] = mask[0, 1:] != mask[-1, :-1]
+        changes[0, 0] = mask[0, 0]
+        rows, columns = np.divmod(np.flatnonzero(changes), width)
+        runs = np.diff(np.sort(columns * height + rows), prepend=0, append=height * width)
+        rle = mask_utils.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+        rles.append({"size": [height, width], "counts": rle["counts"].decode()})
+    return rles
+
+
+def coco_results(detections, image_id, category_ids):
+    """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries.
+
+    detections: its masks may be RLE already, from `encode_masks`. category_ids: category id of every label.
+    Raises InputError where a score or a box is NaN or infinite.
+    """
+    scores, boxes = detections["scores"].tolist(), box_convert(detections["boxes"], "xyxy", "xywh").tolist()
+    if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+        raise InputError(
+            f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is damaged or its "
+            "training diverged; give another one"
+        )
+    labels, masks = detections["labels"].tolist(), detections["masks"]
+    masks = masks if isinstance(masks, list) else encode_masks(masks)
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
+        for score, label, box, rle in zip(scores, labels, boxes, masks, strict=True)
+    ]

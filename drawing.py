@@ -5,10 +5,13 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as mask_utils
 
+from images import DECODER_ERRORS
+
 FILL = 70  # opacity of a mask's inside, of 255: what is below stays visible
+MARK = "DI-MaskDINO drawing.py"  # in every PNG, so that no other is overwritten
 
 
 def class_colour(label):
@@ -39,14 +42,14 @@ def draw_instances(image, instances, classes):
     for label, box in reversed(list(zip(labels, boxes, strict=True))):
         draw.rectangle(clipped(box, canvas.size), outline=class_colour(label), width=max(1, line // 2))
     scores = instances["scores"].tolist() if "scores" in instances else [None] * len(labels)
-    names = [classes[i] if score is None else f"{classes[i]} {score:.2f}" for i, score in zip(labels, scores)]
+    names = [classes[i] + ("" if score is None else f" {score:.2f}") for i, score in zip(labels, scores, strict=True)]
     draw_names(draw, canvas.size, names, labels, boxes)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def clipped(box, size):
     """The part of a box xyxy inside a picture of (width, height), as whole pixels, at least one."""
-    x0, y0, x1, y1 = (min(max(value, 0), end - 1) for value, end in zip(box, size * 2))
+    x0, y0, x1, y1 = (min(max(value, 0), end - 1) for value, end in zip(box, size * 2, strict=True))
     return [round(min(x0, x1)), round(min(y0, y1)), round(max(x0, x1)), round(max(y0, y1))]
 
 
@@ -96,9 +99,33 @@ def covered(place, boxes):
     return (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).clip(1).prod(1)
 
 
+def side_by_side(pictures, titles):
+    """Pictures (3, H, W) uint8 of one size beside each other, a title above each. Returns (3, H', W') uint8."""
+    columns = []
+    for picture, title in zip(pictures, titles, strict=True):
+        width = picture.shape[2]
+        size = max(11, round(max(picture.shape) / 40))
+        strip = Image.new("RGB", (width, 2 * size), "white")
+        ImageDraw.Draw(strip).text((width / 2, size), title, "black", ImageFont.load_default(size), anchor="mm")
+        column = torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), picture], 1)
+        columns += [column, column.new_full((3, column.shape[1], max(4, width // 100)), 255)]
+    return torch.cat(columns[:-1], 2)
+
+
 def save_png(image, path):
-    """Write a (3, H, W) uint8 image as PNG."""
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="PNG", compress_level=3)
+    """Write a (3, H, W) uint8 image as PNG, with a mark by which `is_drawing` knows it."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="PNG", compress_level=3, pnginfo=mark)
+
+
+def is_drawing(path):
+    """Whether a file is a picture that `save_png` wrote."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except DECODER_ERRORS:
+        return False
 
 
 def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):

@@ -11,33 +11,17 @@ import torch
 import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from checkpoint import load_model
 from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
-from coco import encode_masks
+from coco import coco_results
 from config import InputError
 from data import collate, eval_transform
 from drawing import save_layers
 from model import postprocess
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
-
-
-def coco_results(detections, image_id, category_ids):
-    """Detections of one image (`postprocess`, masks bool or RLE) as COCO results: a list of dictionaries."""
-    boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
-    masks = detections["masks"]
-    masks = masks if isinstance(masks, list) else encode_masks(masks)
-    results = []
-    for score, label, box, rle in zip(
-        detections["scores"].tolist(), detections["labels"].tolist(), boxes, masks, strict=True
-    ):
-        results.append(
-            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
-        )
-    return results
 
 
 def average_precision(coco, results, image_ids):
