@@ -1,14 +1,17 @@
 """Multi-scale deformable attention (Deformable DETR, Sec. 4.1) and the sine position embeddings of points and boxes."""
 
 import math
+import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
-BUILD = "python setup.py build_ext --inplace"
+BUILD = shlex.join([sys.executable or "python", str(Path(__file__).with_name("setup.py")), "build_ext", "--inplace"])
 
 
 def load_op():
@@ -64,18 +67,42 @@ if WITHOUT_OP["cpu"] is None:
     torch.library.register_autograd("dimaskdino::ms_deform_attn", _backward, setup_context=_setup_context)
     torch.library.register_autograd("dimaskdino::ms_deform_attn_backward", _no_second_derivative)
 
+    @register_flop_formula(torch.ops.dimaskdino.ms_deform_attn)
+    def _flops(value, level_shapes, sampling_locations, attention_weights, **_):
+        return 8 * math.prod(attention_weights) * value[3]  # a multiply-add per corner of every sample and channel
 
-said = set()  # device types for which the line below has been printed
+    @register_flop_formula(torch.ops.dimaskdino.ms_deform_attn_backward)
+    def _backward_flops(grad_output, *inputs, **_):
+        return 2 * _flops(*inputs)  # for the values, and for locations and weights
+
+
+@cache
+def gpu_lacks_code(index):
+    """Whether the CUDA library holds neither code for this GPU nor any that its driver could compile for it."""
+    return torch.cuda.is_available() and not torch.ops.dimaskdino.gpu_has_code(index)  # no GPU: tensors are fake
+
+
+def without_op(device):
+    """Why the compiled op does not serve tensors of this torch.device, or None."""
+    name = "cpu" if device.type == "meta" else device.type
+    reason = WITHOUT_OP.get(name, f"does not exist for {name}")
+    if name == "cuda" and not reason and gpu_lacks_code(device.index or 0):
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        return f"was built without code for this GPU (add {capability} to TORCH_CUDA_ARCH_LIST)"
+    return reason
+
+
+warned = set()  # device types for which the line below has been printed
 
 
 @torch.compiler.assume_constant_result  # called while torch.compile traces, so that the line is printed there too
 def has_op(device):
-    """Whether the compiled op serves tensors of this device type. Where it does not, says so once."""
-    reason = WITHOUT_OP.get("cpu" if device == "meta" else device, f"does not exist for {device}")
-    if reason and device not in said:
-        said.add(device)
+    """Whether the compiled op serves tensors of this torch.device. Where it does not, says so once."""
+    reason = without_op(device)
+    if reason and device.type not in warned:
+        warned.add(device.type)
         message = f"the compiled op {reason}; running slower, in plain PyTorch. Build it: {BUILD}"
-        print(f"ms_deform_attn on {device}: {message}", file=sys.stderr)
+        print(f"ms_deform_attn on {device.type}: {message}", file=sys.stderr)
     return not reason
 
 
@@ -116,12 +143,15 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
                         corners of a cell, whole samples, infinite and NaN locations; these get no gradient
     attention_weights   (B, Q, M, L, P)
 
-    float32, float64 or bfloat16, on a GPU float16 too; with a half-precision value the locations and the weights may
+    float32, float64, bfloat16 or float16; with a half-precision value the locations and the weights may
     be float32. Returns (B, Q, M*D) in the dtype of `value`. Raises RuntimeError for shapes, dtypes or devices that do
-    not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built.
+    not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built and in what is made to run
+    elsewhere, by torch.onnx.export and torch.jit.trace. Sizes may be symbolic, as torch.export makes them.
     """
-    if not has_op(value.device.type):
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or not has_op(value.device):
         return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
+    if value.dtype == torch.float16 and value.device.type == "cpu":  # which computes in it no faster
+        return ms_deform_attn(value.float(), level_shapes, sampling_locations, attention_weights).half()
     sizes = [size for shape in level_shapes for size in shape]
     return torch.ops.dimaskdino.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
 
@@ -158,9 +188,10 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(self, query, reference, tokens, level_shapes):
+    def forward(self, query, reference, tokens, level_shapes, level_sizes=None):
         """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
-        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]. Returns (B, Q, C).
+        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]; level_sizes (L, 2), for points alone: these as a tensor,
+        see `sizes_of`. Returns (B, Q, C).
 
         Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
         """
@@ -170,13 +201,17 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            sizes = reference.new_tensor([(w, h) for h, w in level_shapes])  # (L, 2), exact: not in half precision
-            locations = reference + offsets / sizes[:, None]
+            locations = reference + offsets / level_sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
         weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
+
+
+def sizes_of(level_shapes, like):
+    """Width and height of all levels, (L, 2), in dtype and device of `like`; made there: no copy to wait for."""
+    return torch.stack([torch.stack([like.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
 
 
 def sine_embedding(values, dim, temperature=10000):
@@ -211,6 +246,21 @@ def inverse_sigmoid(x, eps=1e-5):
     """Logit of x, any shape; x and 1 - x are kept at `eps` or above, so the logits lie within about +-11.5."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def full_precision(x):
+    """The tensor, in float32 if it is of a half-precision dtype."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def in_full_precision(function, x):
+    """function(x) without autocast, if it is on, x a tensor, then in float32 if it is in half precision: for boxes, and
+    for the scores that decide a selection, which half precision would round to a few values.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(full_precision(x))
 
 
 class MLP(nn.Module):
@@ -251,10 +301,11 @@ def xavier_matrices_(module):
 
 
 if __name__ == "__main__":
-    for device, reason in WITHOUT_OP.items():
+    for device in WITHOUT_OP:
         if device == "cuda" and torch.version.cuda is None:
             print("cuda: this torch has none")
             continue
+        reason = without_op(torch.device(device))
         absent = " (torch sees no GPU here)" if device == "cuda" and not torch.cuda.is_available() else ""
         print(f"{device}: " + (f"plain PyTorch, the compiled op {reason}" if reason else "compiled op") + absent)
         if reason:

@@ -32,14 +32,14 @@ class BATO(nn.Module):
         Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
         """
         t_i, level_shapes, pixels = features
-        best, guiding = select(queries.content, heads.class_head(queries.content), self.num_guiding)
+        best, guiding = select(queries.content, heads.scores(queries.content), self.num_guiding)
         t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
         t_g_box = query_pos(gather_tokens(queries.boxes.detach(), guiding))  # Eq. 6
         t_g = t_g_mask + t_g_box  # Eq. 7
         if not self.gtg:  # Table 6: without guiding token generation the queries are key and value
             t_g = t_g_mask = best
 
-        position = torch.cat([sine_position(*shape, t_i.shape[-1], t_i) for shape in level_shapes])
+        position = torch.cat([sine_position(*shape, t_i.shape[-1], self.norm.weight) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
         t_bal = self.ffn(self.norm(t_i + attended))  # Eq. 8
 

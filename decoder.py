@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, MSDeformAttn, inverse_sigmoid, sine_box, xavier_matrices_
+from attention import MLP, FeedForward, MSDeformAttn, in_full_precision, inverse_sigmoid, sine_box, xavier_matrices_
 from di import Queries
 
 
@@ -24,6 +24,10 @@ class PredictionHeads(nn.Module):
         if config.class_prior is not None:
             nn.init.constant_(self.class_head.bias, math.log(config.class_prior / (1 - config.class_prior)))
 
+    def scores(self, x):
+        """Class logits (B, S, classes) of tokens x (B, S, C) that decide a selection, never in half precision."""
+        return in_full_precision(self.class_head, x)
+
     def masks(self, x, pixel_features):
         """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
         return torch.einsum("bqc,bchw->bqhw", self.mask_head(self.norm(x)), pixel_features)
@@ -38,7 +42,7 @@ class PredictionHeads(nn.Module):
 
     def refine(self, x, boxes):
         """Reference boxes (B, Q, 4) of the next layer: of a layer's output x (B, Q, C) and its own reference boxes."""
-        return (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
+        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
 
     def predict_layer(self, x, boxes, pixel_features):
         """Predictions of a decoder layer: x its output, boxes those that the layer before it gave, with their gradient

@@ -38,7 +38,7 @@ class Denoising(nn.Module):
         real = padded([torch.ones_like(t["labels"]) for t in targets], groups)[..., None]
         labels, boxes = self.noisy(labels, boxes)
         noisy_content = self.label_embedding(labels) * real
-        noisy_boxes = (inverse_sigmoid(boxes.to(content.dtype)) * real).sigmoid()
+        noisy_boxes = (inverse_sigmoid(boxes.to(noisy_content.dtype)) * real).sigmoid()
         queries = Queries(torch.cat([noisy_content, content], 1), torch.cat([noisy_boxes, queries.boxes], 1))
         return queries, groups * n_max, groups, group_mask(groups, n_max, content.shape[1], content.device)
 

@@ -4,12 +4,13 @@ The residual fusion, Eq. 4, is the first decoder layer (`decoder.DecoderLayer`):
 cross-attention from the selected tokens T_s2 to the initial tokens T_i.
 """
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, inverse_sigmoid, sine_box, xavier_matrices_
+from attention import MLP, FeedForward, full_precision, in_full_precision, inverse_sigmoid, sine_box
 from encoder import cell_centres
 
 
@@ -56,23 +57,21 @@ class CandidateTokens(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, t_i, level_shapes):
         """t_i (B, S, C), levels coarse to fine. Returns tokens (B, S, C) and candidate box logits (S, 4)."""
-        proposals, valid = candidate_boxes(level_shapes, t_i)
+        proposals, valid = candidate_boxes(level_shapes, self.linear.weight)
         return self.norm(self.linear(t_i * valid)), proposals
 
 
 def boxes_from_masks(mask_logits, box_init="mask"):
     """Boxes around the pixels with a positive logit; no gradient.
 
-    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H. With box_init "mask" a box reaches from
-    the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with "bitmask" it reaches to the last
-    index + 1, and an empty mask gives (0, 0, 0, 0).
+    mask_logits (B, Q, H, W). Returns cxcywh (B, Q, 4) in units of W and H, of half-precision masks in float32. With
+    box_init "mask" a box reaches from the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with
+    "bitmask" it reaches to the last index + 1, and an empty mask gives (0, 0, 0, 0).
     """
-    masks = mask_logits.detach() > 0
+    masks, dtype = mask_logits.detach() > 0, full_precision(mask_logits[:0]).dtype
     H, W = masks.shape[-2:]
     extremes = []
     for line, size in ((masks.any(-2), W), (masks.any(-1), H)):  # (B, Q, W) columns, (B, Q, H) rows
@@ -83,7 +82,7 @@ def boxes_from_masks(mask_logits, box_init="mask"):
             first = torch.minimum(first, last)  # empty: 0 and 0
         else:
             last = torch.maximum(first, torch.where(line, index, 0).amax(-1))  # empty: size and size
-        extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(mask_logits.dtype) / (2 * size))
+        extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
     return torch.stack(extremes, -2).flatten(-2)[..., [0, 2, 1, 3]]  # (cx, w, cy, h) -> (cx, cy, w, h)
 
 
@@ -108,11 +107,11 @@ class TokenInteraction(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_dim
-        self.layers = nn.ModuleList(InteractionLayer(config) for _ in range(config.interaction_layers))
+        layer = InteractionLayer(config)
+        self.layers = nn.ModuleList(deepcopy(layer) for _ in range(config.interaction_layers))  # as released
         self.query_pos = MLP(2 * C, C, C, 2)
         self.box_head = MLP(C, C, 4, 3)  # shared by the layers
         self.norm = nn.LayerNorm(C)
-        xavier_matrices_(self.layers)
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
@@ -122,14 +121,18 @@ class TokenInteraction(nn.Module):
         for layer in self.layers:
             boxes = boxes.detach()
             x = layer(x, self.query_pos(sine_box(boxes, x.shape[-1])))
-            boxes = (self.box_head(x) + inverse_sigmoid(boxes)).sigmoid()
+            boxes = self.refine(x, boxes)
             states.append(Queries(x, boxes))
         return states
+
+    def refine(self, x, boxes):
+        """Boxes (B, k1, 4) that the box head makes of a layer's output x (B, k1, C) and of its boxes."""
+        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
 
     def select(self, queries, heads, k):
         """T_s2 = S(T_s1^sa, k2), Eq. 3: the best k of the last layer's tokens, as `Queries`, and their indices."""
         t_s1_sa, boxes = queries
-        t_s2, indices = select(t_s1_sa, heads.class_head(self.norm(t_s1_sa)), k)
+        t_s2, indices = select(t_s1_sa, heads.scores(self.norm(t_s1_sa)), k)
         return Queries(t_s2, inverse_sigmoid(gather_tokens(boxes, indices)).sigmoid()), indices
 
     def predict(self, queries, heads):
@@ -137,7 +140,7 @@ class TokenInteraction(nn.Module):
         x = self.norm(queries.content)
         return {
             "pred_logits": heads.class_head(heads.norm(x)),
-            "pred_boxes": (self.box_head(x) + inverse_sigmoid(queries.boxes)).sigmoid(),
+            "pred_boxes": self.refine(x, queries.boxes),
         }
 
 
@@ -171,8 +174,8 @@ class DeImbalance(nn.Module):
     def first_selection(self, features, heads, every):
         """T_s1 = S(T_i, k1), Eq. 1, as `Queries` without gradient, and the outputs so far."""
         tokens, proposals = self.candidates(features.tokens, features.level_shapes)
-        t_s1, first = select(tokens, heads.class_head(tokens), self.sizes[0])  # Eq. 1
-        boxes = (heads.box_head(t_s1) + proposals[first]).sigmoid()
+        t_s1, first = select(tokens, heads.scores(tokens), self.sizes[0])  # Eq. 1
+        boxes = (in_full_precision(heads.box_head, t_s1) + proposals[first]).sigmoid()
         outputs, masks = {"selection": {"first": first}}, None
         if every:
             outputs["interm_outputs"] = heads(t_s1, boxes, features.pixels)

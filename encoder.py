@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, MSDeformAttn, sine_position, xavier_matrices_
+from attention import FeedForward, MSDeformAttn, sine_position, sizes_of, xavier_matrices_
 
 
 class Features(NamedTuple):
@@ -43,9 +43,9 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.encoder_feedforward_dim)
 
-    def forward(self, tokens, position, centres, level_shapes):
-        """tokens (B, S, C), position (S, C), centres (S, 2). Returns tokens (B, S, C)."""
-        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes)
+    def forward(self, tokens, position, centres, level_shapes, level_sizes):
+        """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
+        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
         return self.ffn(self.norm(tokens + attended))
 
 
@@ -80,12 +80,11 @@ class Encoder(nn.Module):
         maps = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
-        position = torch.cat(
-            [sine_position(*s, tokens.shape[-1], tokens) + e for s, e in zip(shapes, self.level_embed, strict=True)]
-        )
-        centres = cell_centres(shapes, tokens)
+        like = self.level_embed  # positions are in the dtype of the parameters, also under autocast
+        position = torch.cat([sine_position(*s, like.shape[1], like) + e for s, e in zip(shapes, like, strict=True)])
+        centres, sizes = cell_centres(shapes, like), sizes_of(shapes, like)
         for layer in self.layers:
-            tokens = layer(tokens, position, centres, shapes)
+            tokens = layer(tokens, position, centres, shapes, sizes)
 
         finest = tokens_to_map(tokens, shapes, 0)
         finest = F.interpolate(finest, size=c2.shape[-2:], mode="bilinear", align_corners=False)

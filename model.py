@@ -8,9 +8,11 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import box_convert
 
+from attention import full_precision
 from backbone import build_backbone
 from bato import BATO
 from config import PRESETS, InputError
@@ -75,11 +77,13 @@ class DIMaskDINO(nn.Module):
         queries, outputs = self.di(features, heads, every)  # Sec. 3.2.2, Eq. 1-3: T_s2 and its boxes
         queries, num_dn, groups, attn_mask = self.denoising(queries, targets)  # in training, these come first
 
-        layers = [heads(*queries, features.pixels)] if every else []  # predictions on the decoder's input
+        layers = []  # predictions: with `every` on the decoder's input and behind each layer, else behind the last
         for number in range(last + 1):
             if number == self.first_balanced:  # Sec. 3.2.3, Eq. 5-8: T_i becomes T_bal, F becomes F'
                 q_bal = Queries(queries.content[:, num_dn:], queries.boxes[:, num_dn:])
                 features, outputs["selection"]["guiding"] = self.bato(q_bal, features, heads, decoder.query_pos)
+            if every and number == 0:
+                layers.append(heads(*queries, features.pixels))
             previous = queries.boxes
             queries = decoder(number, queries, features, heads, attn_mask)  # 0: Eq. 4, Q_bal; then Eq. 9, Q_ref
             if every or number == last:
@@ -94,14 +98,32 @@ class DIMaskDINO(nn.Module):
             outputs["dn_outputs"] = denoised[-1] | {"aux_outputs": denoised[:-1], "num_groups": groups}
         return outputs
 
+    def use_published_precision(self):
+        """Let the encoder with the pixel features, DI's interaction and the decoder layers compute in float32 under
+        autocast, as in the published training (mixed precision in float16).
+        """
+        for module in (self.encoder, self.decoder, *self.di.interactions):
+            module.forward = partial(without_autocast, module.forward)
+
     def batch(self, images):
-        """List of (3, H, W) RGB images in [0, 1] -> normalised batch (B, 3, H, W), zero-padded to multiples of 32."""
+        """List of (3, H, W) RGB images in [0, 1], or a batch of them -> normalised (B, 3, H, W), zero-padded at the
+        bottom and right to multiples of 32.
+        """
         check_images(images)
-        like = self.encoder.level_embed  # for its dtype and device
-        mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        like = self.encoder.level_embed  # for its dtype and device, where the constants are made: no copy to wait for
+        mean, std = (torch.stack([like.new_full((1, 1), x) for x in values]) for values in (PIXEL_MEAN, PIXEL_STD))
+        if torch.is_tensor(images):
+            return F.pad((images.to(like) - mean) / std, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
         images = [(image.to(like) - mean) / std for image in images]
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
+
+
+def without_autocast(forward, *args):
+    """forward(*args) without autocast; half-precision tensors among its arguments become float32."""
+    device = next(x for x in tree_leaves(args) if torch.is_tensor(x)).device
+    with torch.autocast(device.type, enabled=False):
+        return forward(*tree_map_only(torch.Tensor, full_precision, args))
 
 
 def check_images(images):
@@ -143,7 +165,7 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.
     bool or, with `encode`, a list}. A score is the class score times the mean mask probability inside the mask.
     Raises InputError where a prediction is NaN or infinite.
     """
-    scores = at_least_float32(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
+    scores = full_precision(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
     scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
     num_classes = outputs["pred_logits"].shape[-1]
     padded_height, padded_width = (4 * n for n in outputs["pred_masks"].shape[-2:])
@@ -184,7 +206,7 @@ def full_masks(logits, query, size, output_size):
     # Two or more at a time where there are two: the sum over one alone is of another order, and its last bits differ.
     count = max(1, min(len(query) // 2, math.ceil(len(query) * pixels / MASK_PIXELS)))
     for some in torch.arange(len(query), device=query.device).tensor_split(count) if len(query) else ():
-        masks = at_least_float32(logits[query[some]][:, None])  # (n, 1, H/4, W/4)
+        masks = full_precision(logits[query[some]][:, None])  # (n, 1, H/4, W/4)
         masks = F.interpolate(masks, padded, mode="bilinear", align_corners=False)
         masks = masks[..., : size[0], : size[1]]
         masks = F.interpolate(masks, output_size, mode="bilinear", align_corners=False)[:, 0]
@@ -193,8 +215,3 @@ def full_masks(logits, query, size, output_size):
         # The area, exactly: no row has more ones than float32 can count. A sum of `inside` would copy it as int64.
         area = masks.copy_(inside).sum(2).to(torch.int64).sum(1)
         yield some, inside, total / (area.to(masks) + 1e-6)
-
-
-def at_least_float32(x):
-    """Half precision becomes float32: scores that tie and areas above 65,504 are wrong in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

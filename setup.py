@@ -1,8 +1,9 @@
-"""Builds the compiled deformable attention of csrc/: `python setup.py build_ext --inplace`.
+"""Builds the compiled deformable attention of csrc/ beside attention.py: `python setup.py build_ext --inplace`.
 
-The CPU op is always built, the CUDA op where torch has CUDA and there is an nvcc, for the architectures of
-TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 8.0 to 9.0. Neither is needed: without them the model runs in
-plain PyTorch, so a build that fails says so in one line and is no error.
+Works from any directory, with setuptools 65 or newer. The CPU op is always built, the CUDA op where torch has CUDA and
+there is an nvcc, for the architectures of TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 7.5 (CUDA 12: 7.0)
+and all later ones. Neither is needed: without them the model runs in plain PyTorch, so a build that fails says so in
+one line and is no error.
 """
 
 import logging
@@ -14,14 +15,13 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
+if "build_ext" not in sys.argv:
+    sys.exit("setup.py only builds the op, with: python setup.py build_ext --inplace. Programs run from this folder")
 try:
     import torch
-except ImportError:  # pip builds apart from the environment unless told --no-build-isolation
-    print("setup.py: torch is not installed here, so csrc is not built; the model runs in plain PyTorch instead")
-    torch = None
+    from setuptools import Extension, setup
+except ImportError as error:
+    sys.exit(f"setup.py: {error}; install it: {sys.executable} -m pip install -r requirements.txt 'setuptools>=65'")
 
 
 def cuda_home():
@@ -29,19 +29,31 @@ def cuda_home():
     named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     on_path = [Path(nvcc).resolve().parent.parent for nvcc in [shutil.which("nvcc")] if nvcc]
     from_pip = (Path(torch.__file__).parent.parent / "nvidia").glob("cu[0-9]*")
-    for home in [Path(name) for name in named if name] + on_path + sorted(from_pip):
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
-            return home
+    for folder in [Path(name).absolute() for name in named if name] + on_path + sorted(from_pip):
+        if all((folder / file).exists() for file in ("bin/nvcc", "include/cuda_runtime.h", "include/nv/target")):
+            return folder
 
 
-if torch:
-    home = cuda_home() if torch.version.cuda else None
-    if home:  # before cpp_extension is imported, which looks in fewer places
-        os.environ["CUDA_HOME"] = str(home)
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU, no ninja: all this is no trouble
-    from torch.utils import cpp_extension
+def cuda_advice():
+    """How to get the toolkit that fits this torch."""
+    version = torch.version.cuda
+    if int(version.split(".")[0]) < 13:  # pip's packages for CUDA 12 have no nvcc in them
+        return f"install NVIDIA's CUDA toolkit {version} and set CUDA_HOME"
+    # pip would pair this nvcc with the newest nvvm and crt, which do not go together
+    names = [f'"nvidia-{name}=={version}.*"' for name in ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")]
+    return f"set CUDA_HOME, or: {sys.executable} -m pip install {' '.join(names)}"
+
+
+home = cuda_home() if torch.version.cuda else None
+if home:  # before cpp_extension is imported, which looks in fewer places
+    os.environ["CUDA_HOME"] = str(home)
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        oldest = "7.5" if int(torch.version.cuda.split(".")[0]) >= 13 else "7.0"  # that nvcc compiles for
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{oldest};8.0;9.0+PTX"  # 8.0 serves 8.x, PTX what comes after 9.0
+        print(f"setup.py: no GPU here, so the CUDA op is for all from {oldest} on; TORCH_CUDA_ARCH_LIST names others")
+os.chdir(Path(__file__).resolve().parent)  # setuptools takes every path from the working directory
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU, no ninja: all this is no trouble
+from torch.utils import cpp_extension  # noqa: E402
 
 
 @contextmanager
@@ -66,7 +78,7 @@ def complaints(output):
     return "\n".join(lines[:60])
 
 
-class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
+class BuildOps(cpp_extension.BuildExtension):
     def build_extensions(self):
         """Builds one library after the other, so that what fails for one does not stop the next."""
         instead = "the model runs in plain PyTorch instead"
@@ -75,7 +87,7 @@ class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
             print(f"setup.py: csrc is not built, there is no C++ compiler {compiler} (set CXX to one); {instead}")
             return
         if torch.version.cuda and not home:
-            print(f"setup.py: there is no nvcc (set CUDA_HOME), so csrc is built for the CPU; on a GPU {instead}")
+            print(f"setup.py: there is no nvcc, so csrc is built for the CPU; on a GPU {instead}. {cuda_advice()}")
         extensions, compile_all, compile_one = self.extensions, self.compiler.compile, self.compiler._compile
         for extension in extensions:
             self.extensions, self.compiler.compile, self.compiler._compile = [extension], compile_all, compile_one
@@ -100,20 +112,16 @@ class BuildOps(cpp_extension.BuildExtension if torch else build_ext):
 
 def library(name, pattern, **options):
     """A library of the sources that fit the pattern. `optional`: what is not there is not copied in place."""
-    sources = [str(path) for path in sorted(Path("csrc").glob(pattern))]
-    headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
-    return Extension(name, sources, depends=headers, language="c++", optional=True, **options)
-
-
-libraries = []
-if torch:
     paths = {"include_dirs": cpp_extension.include_paths(), "library_dirs": cpp_extension.library_paths()}
-    flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for has one thread
-    cpu = {"extra_compile_args": flags + openmp, "extra_link_args": openmp}
-    libraries.append(library("_C", "*.cpp", libraries=["c10", "torch_cpu"], **cpu, **paths))
-    if home:  # the CUDA runtime comes with torch's libraries
-        flags = {"nvcc": ["-O3", "--threads", str(os.cpu_count())]}
-        cuda = ["c10", "torch_cpu", "c10_cuda"]
-        libraries.append(library("_C_cuda", "*.cu", libraries=cuda, extra_compile_args=flags, **paths))
-setup(ext_modules=libraries, cmdclass={"build_ext": BuildOps})
+    sources, headers = (sorted(map(str, Path("csrc").glob(files))) for files in (pattern, "*.h"))
+    return Extension(name, sources, depends=headers, language="c++", optional=True, **paths, **options)
+
+
+openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for has one thread
+flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *openmp]
+cpu = library("_C", "*.cpp", libraries=["c10", "torch_cpu"], extra_compile_args=flags, extra_link_args=openmp)
+libraries = [cpu]
+if home:  # the CUDA runtime comes with torch's libraries
+    flags = {"nvcc": ["-O3", "--threads", str(os.cpu_count())]}
+    libraries.append(library("_C_cuda", "*.cu", libraries=["c10", "torch_cpu", "c10_cuda"], extra_compile_args=flags))
+setup(ext_modules=libraries, py_modules=[], cmdclass={"build_ext": BuildOps})

@@ -439,6 +439,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
           grad_weights.to(weights.scalar_type())};
 }
 
+// Whether this library has code for the GPU, or PTX that its driver compiles: without it every launch would fail.
+bool gpu_has_code(int64_t index) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, forward_kernel<float, 4>) == cudaSuccess;
+  (void)cudaGetLastError();  // or the next call would report it
+  return found;
+}
+
+TORCH_LIBRARY_FRAGMENT(dimaskdino, library) {
+  library.def("gpu_has_code(int index) -> bool", &gpu_has_code);
+}
+
 TORCH_LIBRARY_IMPL(dimaskdino, CUDA, library) {
   library.impl("ms_deform_attn", &ms_deform_attn);
   library.impl("ms_deform_attn_backward", &ms_deform_attn_backward);

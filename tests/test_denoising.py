@@ -1,19 +1,29 @@
 """Denoising queries: groups, noise and its bounds, padding, and the attention mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
 
-from denoising import denoising_queries
+from config import PRESETS
+from denoising import Denoising
+from di import Queries
 from model import build_model
 
-CLASSES, WIDTH = 5, 8
+CLASSES, WIDTH = 5, 32
 
 
-@pytest.fixture
-def embedding():
+def denoise(batch, num_matching=4, num_queries=100, noise_scale=0.4):
+    """The queries in front of `num_matching` others: content, boxes, attention mask, groups; and the embedding."""
     torch.manual_seed(0)
-    return nn.Embedding(CLASSES, WIDTH).double()
+    fields = {"num_classes": CLASSES, "hidden_dim": WIDTH, "denoising_queries": num_queries, "noise_scale": noise_scale}
+    denoising = Denoising(replace(PRESETS["tiny"], **fields)).double().train()
+    shape = len(batch), num_matching
+    matching = Queries(torch.rand(*shape, WIDTH).double(), torch.rand(*shape, 4).double())
+    queries, number, groups, mask = denoising(matching, batch)
+    for found, given in zip(queries, matching, strict=True):
+        assert torch.equal(found[:, number:], given)
+    return queries.content[:, :number], queries.boxes[:, :number], mask, groups, denoising.label_embedding
 
 
 def targets(*counts):
@@ -23,9 +33,9 @@ def targets(*counts):
     return [{"labels": torch.randint(CLASSES, (n,)), "boxes": boxes(n)} for n in counts]
 
 
-def test_without_noise_the_queries_are_the_ground_truth(embedding):
+def test_without_noise_the_queries_are_the_ground_truth():
     batch = targets(3, 2)
-    content, boxes, _, groups = denoising_queries(batch, embedding, 4, num_queries=100, noise_scale=0)
+    content, boxes, _, groups, embedding = denoise(batch, noise_scale=0.0)
     assert groups == 33 and content.shape == (2, 99, WIDTH) and boxes.shape == (2, 99, 4)
     assert content.dtype == boxes.dtype == torch.float64
     for b, target in enumerate(batch):
@@ -39,21 +49,22 @@ def test_without_noise_the_queries_are_the_ground_truth(embedding):
     assert content.requires_grad
 
 
-def test_number_of_groups(embedding):
+def test_number_of_groups():
     for counts, num_queries, groups in [((1, 0), 100, 100), ((7, 3), 100, 14), ((100,), 100, 1), ((4,), 11, 2)]:
-        content, boxes, mask, found = denoising_queries(targets(*counts), embedding, 6, num_queries)
+        content, boxes, mask, found, _ = denoise(targets(*counts), 6, num_queries)
         assert found == groups
         assert content.shape[1] == boxes.shape[1] == groups * max(counts)
         assert mask.shape == (groups * max(counts) + 6,) * 2
 
 
 @pytest.mark.parametrize("counts", [(0,), (0, 0), (101, 3)])
-def test_none_without_instances_and_with_too_many(embedding, counts):
-    assert denoising_queries(targets(*counts), embedding, 6, 100) is None
+def test_none_without_instances_and_with_too_many(counts):
+    content, boxes, mask, groups, _ = denoise(targets(*counts))
+    assert content.shape[1] == boxes.shape[1] == groups == 0 and mask is None
 
 
-def test_attention_mask(embedding):
-    _, _, mask, groups = denoising_queries(targets(2, 3), embedding, 4, num_queries=9)
+def test_attention_mask():
+    _, _, mask, groups, _ = denoise(targets(2, 3), num_queries=9)
     assert groups == 3 and mask.dtype == torch.bool
     for query in range(13):
         for key in range(13):
@@ -62,11 +73,11 @@ def test_attention_mask(embedding):
 
 
 @pytest.mark.parametrize("noise_scale", [0.4, 1.0])
-def test_noise_keeps_its_bounds_and_fills_them(embedding, noise_scale):
+def test_noise_keeps_its_bounds_and_fills_them(noise_scale):
     torch.manual_seed(1)
     batch = targets(2)
     batch[0]["boxes"] = torch.tensor([[0.5, 0.4, 0.2, 0.3], [0.6, 0.5, 0.1, 0.2]]).double()
-    _, boxes, _, groups = denoising_queries(batch, embedding, 4, 2000, noise_scale)
+    _, boxes, _, groups, _ = denoise(batch, 4, 2000, noise_scale)
     assert groups == 1000
     truth = batch[0]["boxes"]
     noise = (boxes.view(groups, 2, 4) - truth) / truth[:, [2, 3, 2, 3]] / torch.tensor([0.5, 0.5, 1, 1])
@@ -76,18 +87,18 @@ def test_noise_keeps_its_bounds_and_fills_them(embedding, noise_scale):
     torch.testing.assert_close(noise.std((0, 1)) / noise_scale, torch.full((4,), 3**-0.5).double(), rtol=0.05, atol=0)
 
 
-def test_noisy_boxes_stay_in_the_image(embedding):
+def test_noisy_boxes_stay_in_the_image():
     batch = targets(1)
     batch[0]["boxes"] = torch.tensor([[0.02, 0.98, 1.0, 1.0]]).double()
-    _, boxes, _, _ = denoising_queries(batch, embedding, 4, 1000, 1.0)
+    _, boxes, _, _, _ = denoise(batch, 4, 1000, 1.0)
     assert ((boxes > 0) & (boxes < 1)).all() and boxes[..., 0].min() < 2e-5 and boxes[..., 1].max() > 1 - 2e-5
 
 
-def test_a_fifth_of_the_labels_becomes_random(embedding):
+def test_a_fifth_of_the_labels_becomes_random():
     torch.manual_seed(1)
     batch = targets(1)
     batch[0]["labels"] = torch.tensor([2])
-    content, _, _, groups = denoising_queries(batch, embedding, 4, 10000, 0.4)
+    content, _, _, groups, embedding = denoise(batch, 4, 10000, 0.4)
     label = (content[0, :, None] == embedding.weight).all(-1).int().argmax(-1)
     share = label.bincount(minlength=CLASSES) / groups
     wanted = torch.tensor([0.04, 0.04, 0.84, 0.04, 0.04])  # a fifth is redrawn, from all classes

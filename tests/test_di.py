@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import PRESETS
-from di import CandidateTokens, TokenInteraction, boxes_from_masks, candidate_boxes, gather_tokens, select
+from di import CandidateTokens, Queries, TokenInteraction, boxes_from_masks, candidate_boxes, gather_tokens, select
 from encoder import cell_centres
 
 CONFIG = PRESETS["tiny"]
@@ -154,7 +154,7 @@ def interaction():
 def test_interaction_keeps_each_new_box_but_passes_it_on_detached(interaction):
     x = torch.randn(1, 6, CONFIG.hidden_dim, dtype=torch.float64, requires_grad=True)
     boxes = torch.rand(1, 6, 4, dtype=torch.float64).clamp(0.1, 0.9).requires_grad_()
-    states = interaction(x, boxes)
+    states = interaction(Queries(x, boxes))
     assert len(states) == 2
     for tokens, refined in states:
         assert tokens.shape == x.shape and refined.shape == boxes.shape and refined.requires_grad
@@ -168,6 +168,7 @@ def test_interaction_keeps_each_new_box_but_passes_it_on_detached(interaction):
 def test_interaction_does_not_depend_on_the_order_of_the_tokens(interaction):
     x, boxes = torch.randn(1, 6, CONFIG.hidden_dim, dtype=torch.float64), torch.rand(1, 6, 4, dtype=torch.float64)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    for (a, box_a), (b, box_b) in zip(interaction(x, boxes), interaction(x[:, order], boxes[:, order]), strict=True):
+    orders = interaction(Queries(x, boxes)), interaction(Queries(x[:, order], boxes[:, order]))
+    for (a, box_a), (b, box_b) in zip(*orders, strict=True):
         torch.testing.assert_close(a[:, order], b)
         torch.testing.assert_close(box_a[:, order], box_b)

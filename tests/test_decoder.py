@@ -1,0 +1,68 @@
+"""Decoder layers and prediction heads: masks, boxes that look forward twice, gradients, the attention mask."""
+
+import pytest
+import torch
+
+from di import Queries
+from encoder import Features
+from model import build_model
+
+
+def test_masks_are_dot_products_with_the_pixel_features():
+    heads = build_model("tiny").heads
+    x, features = torch.randn(2, 5, 64), torch.randn(2, 64, 4, 6)
+    masks = heads.masks(x, features)
+    embeddings = heads.mask_head(heads.norm(x))
+    for b in range(2):
+        for q in range(5):
+            expected = (embeddings[b, q][:, None, None] * features[b]).sum(0)
+            torch.testing.assert_close(masks[b, q], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_boxes_look_forward_twice():
+    heads = build_model("tiny").heads
+    x, features = torch.randn(1, 5, 64), torch.randn(1, 64, 4, 4)
+    boxes = torch.rand(1, 5, 4, requires_grad=True)
+    heads.predict_layer(x, boxes, features)["pred_boxes"].sum().backward()
+    assert (boxes.grad != 0).all()
+
+
+@pytest.fixture
+def layers():
+    """A decoder with its heads, `Features` and `Queries`; the box head moves boxes, which at first it does not."""
+    torch.manual_seed(0)
+    model = build_model("tiny")
+    torch.nn.init.normal_(model.heads.box_head.layers[-1].weight, std=0.1)
+    features = Features(torch.randn(1, 22, 64), [(1, 1), (1, 1), (2, 2), (4, 4)], torch.randn(1, 64, 8, 8))
+    return model.decoder, model.heads, features, Queries(torch.randn(1, 6, 64), torch.rand(1, 6, 4))
+
+
+def test_decoder_layer_hides_what_the_mask_hides(layers):
+    decoder, heads, features, queries = layers
+    hidden = torch.zeros(6, 6, dtype=torch.bool)
+    hidden[3:, :3] = True  # the last three do not see the first three
+    with torch.no_grad():
+        together = decoder(0, queries, features, heads, hidden)
+        alone = decoder(0, Queries(*(x[:, 3:] for x in queries)), features, heads)
+        open_to_all = decoder(0, queries, features, heads)
+    for some, others, all_open in zip(together, alone, open_to_all, strict=True):
+        torch.testing.assert_close(some[:, 3:], others, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(some[:, :3], all_open[:, :3], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together.content[:, 3:], open_to_all.content[:, 3:], atol=1e-3)
+
+
+def test_only_the_first_layer_passes_the_gradient_of_its_reference_boxes(layers):
+    decoder, heads, features, (content, boxes) = layers
+    for number in range(3):
+        reference = boxes.clone().requires_grad_()
+        refined = decoder(number, Queries(content, reference), features, heads)
+        sum(x.sum() for x in refined).backward()
+        assert (reference.grad is not None) == (number == 0)
+
+
+def test_refined_boxes_are_corrections_in_logits(layers):
+    decoder, heads, features, queries = layers
+    with torch.no_grad():
+        content, boxes = decoder(1, queries, features, heads)
+        expected = torch.logit(queries.boxes) + heads.box_head(content)
+    torch.testing.assert_close(torch.logit(boxes), expected, rtol=1e-3, atol=1e-3)
