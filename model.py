@@ -165,6 +165,7 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.
     bool or, with `encode`, a list}. A score is the class score times the mean mask probability inside the mask.
     Raises InputError where a prediction is NaN or infinite.
     """
+    finite = outputs["pred_logits"].isfinite().all()
     scores = full_precision(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
     scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
     num_classes = outputs["pred_logits"].shape[-1]
@@ -182,7 +183,7 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.
             final[some] *= quality
             inside = inside[final[some] >= score_threshold]
             masks += encode(inside) if encode else [inside]
-        if not (final.isfinite().all() and boxes.isfinite().all()):
+        if not (finite and final.isfinite().all() and boxes.isfinite().all()):
             raise InputError("the model predicts NaN or infinity; its weights are damaged or its precision is too low")
         kept = final >= score_threshold
         final, order = final[kept].sort(descending=True, stable=True)

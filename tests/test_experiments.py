@@ -17,7 +17,6 @@ from benchmarks import experiments
 from benchmarks.experiments import ROWS, Row, commands, rows, run_folder
 from data import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
 from di import gather_tokens
-from eval import save_layers
 from losses import SetCriterion
 from model import PRESETS, Config, InputError, build_model, check_config, load_model, save_checkpoint
 
@@ -381,19 +380,6 @@ def test_hard_shapes_are_written_once(tmp_path):
     assert len(json.loads(path.read_text())["categories"]) == len(SHAPES)
 
 
-def layer_scores(pairs):
-    return {"layers": [{"layer": i, "box": {"AP": b}, "mask": {"AP": m}} for i, (b, m) in enumerate(pairs)]}
-
-
-def test_picture_of_the_layers(tmp_path):
-    pytest.importorskip("matplotlib")
-    save_layers(layer_scores([(10.0, 20.0), (None, None), (25.0, 24.0)]), tmp_path / "eval.png")
-    with Image.open(tmp_path / "eval.png") as picture:
-        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    for colour in ((255, 127, 14), (31, 119, 180)):  # bars of box and mask
-        assert (colours == colour).all(1).sum() > 1000
-
-
 def study_runs():
     """Made-up runs: seeds 0 and 1 of two rows, and seed 2 of one of them."""
     values = {("neither", 0): 10, ("neither", 1): 12, ("DI", 0): 13, ("DI", 1): 17, ("DI", 2): 30}
@@ -413,12 +399,6 @@ def test_plot_of_the_study(tmp_path):
     pytest.importorskip("matplotlib")
     imbalance.plot(study_runs(), tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
-
-
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    save_layers(layer_scores([(10.0, 20.0)]), tmp_path / "eval.png")
-    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "eval.png").exists()
 
 
 @pytest.fixture(scope="module")
