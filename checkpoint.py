@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbone import SWINS, load_backbone_weights
+from backbone import SWINS, find_weights, load_backbone_weights, mismatches, open_weights
 from config import Config, InputError
 from model import DIMaskDINO
 
@@ -30,32 +30,47 @@ def read_checkpoint(path):
     {"model": state dict, "config": fields of Config, "classes": names, ...}, see `train.py`.
     Raises InputError for a missing, damaged or foreign file; nothing in the file is executed.
     """
+    foreign = f"{path}: not a checkpoint of this project; run convert.py on a released one"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = open_weights(path)
+        weights = find_weights(path, checkpoint)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give the checkpoint file in it") from None
-    except Exception as error:  # torch.load raises whatever zip, pickle and its own checks come across
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint, perhaps truncated ({reason[:100]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config", "classes"} <= checkpoint.keys():
-        raise InputError(f"{path}: not a checkpoint of this project; run convert.py on a released one")
-    return checkpoint
+    except PermissionError:
+        raise InputError(foreign) from None
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+    missing = [repr(key) for key in ("config", "classes") if key not in checkpoint]
+    if missing:
+        raise InputError(f"{foreign} (there are {len(weights)} tensors in it, but no {' and no '.join(missing)})")
+    if not (isinstance(checkpoint["config"], dict) and isinstance(checkpoint["classes"], list | tuple)):
+        raise InputError(foreign)
+    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in checkpoint["config"].items()}
+    return checkpoint | {"model": weights, "config": tuples}
 
 
-def load_model(path, device="cpu"):
-    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError."""
+def load_model(path, device="cpu", overrides=None):
+    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError.
+
+    overrides: fields of `Config` that take the place of the checkpoint's.
+    """
     checkpoint = read_checkpoint(path)
+    weights, classes = checkpoint["model"], checkpoint["classes"]
     try:
-        model = DIMaskDINO(Config(**checkpoint["config"]))
-        differing = model.state_dict().keys() ^ checkpoint["model"].keys()
-        settings = [name for start, name in SETTINGS_OF.items() if any(key.startswith(start) for key in differing)]
-        model.load_state_dict(checkpoint["model"])
+        model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
     except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its config is not one of this version ({reason})") from None
+    if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
+        settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]
         reason = f"in {' and '.join(settings)}: " if settings else ""
-        reason += " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its weights and its config do not fit ({reason})") from None
+        reason += "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise InputError(f"{path}: its weights and its config do not fit ({reason})")
+    for key in ("classes", "category_ids"):
+        if len(checkpoint.get(key, classes)) != model.config.num_classes:
+            numbers = f"{len(checkpoint[key])} {key} for {model.config.num_classes} classes"
+            raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
+    model.load_state_dict(weights)
     return model.to(device).eval(), checkpoint
 
 
@@ -217,6 +232,12 @@ def load_init(model, path, classes):
     unused = [name for name in checkpoint["model"] if name not in state]
     return [
         f"{path}: {len(found)} of {len(state)} entries loaded",
-        f"  start anew, as they are for other classes, of another shape or not in it: {', '.join(kept) or 'none'}",
-        f"  in it but not in this model: {', '.join(unused) or 'none'}",
+        f"  start anew, as they are for other classes, of another shape or not in it: {some_of(kept)}",
+        f"  in it but not in this model: {some_of(unused)}",
     ]
+
+
+def some_of(names, most=10):
+    """Names in a line, the first `most` and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"

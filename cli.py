@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -164,6 +165,11 @@ def choose_device(name):
         raise InputError(f"--device {name}: no usable CUDA GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
     # By default PyTorch takes TF32, with 10 bits of mantissa, for convolutions and not for matrix products.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
@@ -278,16 +284,33 @@ def warn(line):
 
 
 def run_program(main):
-    """Run a program's `main`; bad data, bad input and files that cannot be written end it with one line and status 1.
-
-    Ctrl-C ends it without a traceback. Warnings take one line as well.
+    """Run a program's `main`; bad data, bad input, files that cannot be written, lack of memory and Ctrl-C end it with
+    one line and a status other than 0. Warnings take one line as well.
     """
-    warnings.formatwarning = lambda message, *_: f"{Path(sys.argv[0]).name}: warning: {message}\n"
+    program = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()
     except (DataError, InputError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except (MemoryError, NotImplementedError, RuntimeError) as error:
+        if not (reason := resource_error(error)):
+            raise
+        sys.exit(f"{program}: error: {reason}")
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def resource_error(error):
+    """The line for an exception that says that memory or an operation of the device is missing; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        asked = re.search(r"allocate (?:memory: you tried to allocate )?([\d.]+ ?\w+)", text)
+        asked = f" ({asked[1]} asked for)" if asked else ""
+        return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
+    if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
+        return f"the device cannot run the model ({text[:150]}); use --device cpu"
+    return None

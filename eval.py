@@ -5,10 +5,8 @@ import contextlib
 import io
 import json
 import os
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
@@ -30,6 +28,7 @@ from cli import (
 from coco import coco_results
 from config import InputError
 from data import collate
+from drawing import save_classes, save_layers
 from model import postprocess
 
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")
@@ -172,70 +171,6 @@ def print_scores(scores):
             gap = None if None in (box, mask) else box - mask
             name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
-
-
-def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
-    """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
-
-    axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
-    """
-    layers = np.arange(len(box))
-    box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
-    error = {"capsize": 2, "ecolor": "black" if np.any(box_sd) else "none"}
-    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", **error)
-    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", **error)
-    for layer, top, gap in zip(layers, np.fmax(box + box_sd, mask + mask_sd), box - mask, strict=True):
-        if np.isfinite(gap):
-            axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(layers, ["input", *map(str, layers[1:])])
-    axes.set_xlabel("decoder layer")
-    axes.margins(y=0.15)
-
-
-def draw_classes(axes, classes):
-    """Draw horizontal bars of box AP and mask AP per class, the best class at the top, as of `average_precision`.
-
-    Classes without an instance stand at the bottom, without bars.
-    """
-    values = {kind: [np.nan if entry[kind] is None else entry[kind] for entry in classes] for kind in ("box", "mask")}
-    order = np.argsort(np.nan_to_num(np.add(values["box"], values["mask"]), nan=-1), kind="stable")
-    for kind, offset, colour in (("box", 0.2, "tab:orange"), ("mask", -0.2, "tab:blue")):
-        axes.barh(np.arange(len(order)) + offset, np.take(values[kind], order), 0.38, label=f"{kind} AP", color=colour)
-    axes.set_yticks(range(len(order)), [classes[i]["name"] for i in order], fontsize=8, parse_math=False)
-    axes.set_ylim(-0.6, len(order) - 0.4)
-    axes.set_xlabel("AP")
-    axes.grid(axis="x", linewidth=0.5)
-    axes.set_axisbelow(True)
-
-
-def new_figure(path, width, height):
-    """A matplotlib figure of that many inches and its axes; a line on stderr and None for both without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
-        return None, None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def save_layers(scores, path):
-    """PNG of the bars of `draw_layers` for scores with "layers"; a line on stderr without matplotlib."""
-    figure, axes = new_figure(path, 1.5 + 0.8 * len(scores["layers"]), 3.5)
-    if figure:
-        draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
-        axes.set_ylabel("AP (numbers: box - mask)")
-        axes.legend(loc="upper left")
-        figure.savefig(path, dpi=150)
-
-
-def save_classes(scores, path):
-    """PNG of the bars of `draw_classes` for scores with "classes"; a line on stderr without matplotlib."""
-    figure, axes = new_figure(path, 6, 1 + 0.2 * len(scores["classes"]))
-    if figure:
-        draw_classes(axes, scores["classes"])
-        figure.legend(loc="outside upper center", ncols=2)
-        figure.savefig(path, dpi=min(150, 60_000 / figure.get_figheight()))  # matplotlib draws no more than 65,535 rows
 
 
 def match_classes(path, trained, present):

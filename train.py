@@ -22,10 +22,10 @@ import cli
 from coco import check_sizes, match_classes
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import seed_of, to_device, train_batches
+from drawing import draw_instances, save_png
 from eval import evaluate, percent
 from losses import SetCriterion
 from model import DIMaskDINO, postprocess
-from predict import draw_instances, save_png
 
 WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
 LOG_EVERY = 20  # iterations
