@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,12 +88,13 @@ def generate_shapes(args):
         make_shapes(args.data_root or f"runs/{kind}", hard=kind == "shapes-hard")
 
 
-def open_split(args, split, test_size=(800, 1333), augmentation=None):
+def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annotations=True):
     """The data set that the flags name, split "train", "val" or "test"; sizes as CocoInstances takes them.
 
-    Raises DataError, also for flags that are missing.
+    need_annotations: refuse a file that only lists images. Raises DataError, also for flags that are missing.
     """
-    kind, flags, read = data_kind(args), f"--{split}-json and --{split}-images", read_annotations
+    kind, flags = data_kind(args), f"--{split}-json and --{split}-images"
+    read = partial(read_annotations, need_annotations=need_annotations)
     annotation_file, image_dir = getattr(args, f"{split}_json", None), getattr(args, f"{split}_images", None)
     if bool(annotation_file) != bool(image_dir):
         missing = "images" if annotation_file else "json"
@@ -140,17 +142,19 @@ def add_precision_argument(parser):
 
 
 def autocast_dtype(precision, device):
-    """The dtype of autocast for --precision on this device; None: float32, without autocast. Raises InputError.
-
-    For "published", which is float16, the model needs `use_published_precision()` as well.
-    """
+    """The dtype of autocast for --precision on this device; None: float32, without autocast."""
     if precision == "auto":
         if device.type != "cuda":
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if precision == "float16" and device.type == "cpu":
-        raise InputError("--precision float16: needs a GPU; the CPU has published, bfloat16 and float32")
     return {"float32": None, "published": torch.float16}.get(precision, getattr(torch, precision, None))
+
+
+def use_precision(model, precision, device):
+    """Prepare a model for --precision; returns the dtype of autocast, see `autocast_dtype`."""
+    if precision == "published":
+        model.use_published_precision()
+    return autocast_dtype(precision, device)
 
 
 def choose_device(name):

@@ -47,20 +47,16 @@ def coco_paths(root, split):
     raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
 
 
-def match_classes(trained, classes, category_ids):
-    """Match a data set's classes with those that a model was trained for, by name.
+def match_classes(trained, classes):
+    """The label, among those that a model was trained for, of each of a data set's classes, by their names.
 
-    trained, classes: names, each once; category_ids: the data set's, in the order of `classes`. Returns the category
-    id for each label of `trained`, None where the data set lacks the class, and {category id: label}. DataError names
-    the data set's classes that the model does not know.
+    Raises DataError, naming them, for classes of the data set that the model does not know.
     """
     unknown = [name for name in classes if name not in trained]
     if unknown:
         raise DataError(f"the data set has the classes {_list(unknown)}, but the model was trained for"
                         f" {_list(trained)}; rename them or give the data set that fits")  # fmt: skip
-    ids = dict(zip(classes, category_ids, strict=True))
-    labels = {ids[name]: label for label, name in enumerate(trained) if name in ids}
-    return [ids.get(name) for name in trained], labels
+    return [trained.index(name) for name in classes]
 
 
 def check_sizes(dataset, image_dir):

@@ -18,20 +18,18 @@ from checkpoint import load_model
 from cli import (
     add_data_arguments,
     add_precision_argument,
-    autocast_dtype,
     choose_device,
     gather,
     open_split,
     positive,
     run_program,
+    use_precision,
 )
-from coco import coco_results
+from coco import coco_results, encode_masks, match_classes
 from config import InputError
 from data import collate
 from drawing import save_classes, save_layers
-from model import postprocess
-
-PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")
+from model import PREDICTIONS, postprocess
 
 
 def average_precision(coco, results, image_ids, max_detections=100):
@@ -104,7 +102,8 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
                     one = {name: value.float() for name, value in one.items()}
                 if labels:
                     one["pred_logits"] = one["pred_logits"][..., labels]
-                [detections] = postprocess(one, [target["size"]], [target["original_size"]], max_detections)
+                sizes = [target["size"]], [target["original_size"]]
+                [detections] = postprocess(one, *sizes, max_detections, encode=encode_masks)
                 image_results = coco_results(detections, target["image_id"], dataset.category_ids)
                 found[target["image_id"]] = json.dumps(image_results)
     if any(gather(stopping())):
@@ -171,21 +170,6 @@ def print_scores(scores):
             gap = None if None in (box, mask) else box - mask
             name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
-
-
-def match_classes(path, trained, present):
-    """The label in a checkpoint of each of the data set's classes, by name; None where the classes are the same.
-
-    path: of the checkpoint, for the message. Raises InputError where the data set has a class that it lacks.
-    """
-    unknown = [name for name in present if name not in trained]
-    if unknown:
-        listed = [", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10) for names in (unknown, trained)]
-        raise InputError(
-            f"{path}: was trained for the classes {listed[1]}, but the data set also has {listed[0]}; give the data or "
-            "the checkpoint that fits, or rename the categories"
-        )
-    return None if trained == present else [trained.index(name) for name in present]
 
 
 def new_file(path, beginning):
@@ -276,11 +260,9 @@ def main():
     if output and output.resolve() in [path.resolve() for path in results]:
         raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
-    autocast = autocast_dtype(args.precision, device)
-    if args.precision == "published":
-        model.use_published_precision()
-    dataset = open_split(args, args.split, model.config.test_size)
-    labels = match_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
+    autocast = use_precision(model, args.precision, device)
+    dataset = open_split(args, args.split, model.config.test_size, need_annotations=False)
+    labels = match_classes(checkpoint["classes"], dataset.classes)
     annotated = bool(dataset.coco.anns)
     if not annotated and not results:
         raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")

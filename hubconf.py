@@ -135,7 +135,7 @@ def _pixels(image):
 
     found = f"a {type(image).__name__}"
     if isinstance(image, str | os.PathLike):
-        return _images.read_image(image, exif=True)
+        return _images.read_image(image)
     if isinstance(image, Image.Image):
         if not image.mode.startswith(("I", "F")):  # more than 8 bits: PIL would clip them
             return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)

@@ -23,6 +23,7 @@ from encoder import Encoder
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")  # of every layer and selection
 MASK_PIXELS = 2**24  # of masks that `postprocess` holds as floats at a time: 64 MB
 
 

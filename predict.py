@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from attention import full_precision
 from checkpoint import load_model
-from cli import choose_device, count, positive, run_program
+from cli import add_precision_argument, choose_device, count, positive, run_program, use_precision
 from coco import coco_results, encode_masks
 from config import InputError
 from data import eval_transform
 from drawing import draw_instances, is_drawing, save_png, side_by_side
 from images import DECODER_ERRORS, DataError, read_image
-from model import postprocess
+from model import PREDICTIONS, postprocess
 
 # Suffixes of what PIL decodes by itself; the formats named are those that it only recognises.
 EXTENSIONS = {
@@ -30,23 +31,24 @@ EXTENSIONS = {
 }
 
 
-def predict(model, image, device, score_threshold=0.0, max_detections=100, encode=None):
+def predict(model, image, device, score_threshold=0.0, max_detections=100, encode=None, autocast=None):
     """Detections of one image: (3, H, W) uint8 RGB -> {scores, labels, boxes, masks}, on the CPU, see `postprocess`."""
-    [detections] = predict_layers(model, image, device, [None], score_threshold, max_detections, encode)
+    [detections] = predict_layers(model, image, device, [None], score_threshold, max_detections, encode, autocast)
     return detections
 
 
 @torch.inference_mode()
-def predict_layers(model, image, device, layers, score_threshold=0.0, max_detections=100, encode=None):
+def predict_layers(model, image, device, layers, score_threshold=0.0, max_detections=100, encode=None, autocast=None):
     """As `predict`, a list of the detections of several decoder layers: 0 is the decoder's input, None the last."""
     resized = eval_transform(*model.config.test_size)(image).to(device)
     last = model.config.decoder_layers
-    outputs = model([resized], all_layers=any(layer not in (None, last) for layer in layers))
+    with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
+        outputs = model([resized], all_layers=any(layer not in (None, last) for layer in layers))
     outputs = [*outputs.get("aux_outputs", [None] * last), outputs]
     sizes = [resized.shape[1:]], [tuple(image.shape[1:])]
     found = []
     for layer in layers:
-        predictions = outputs[last if layer is None else layer]
+        predictions = {name: full_precision(outputs[last if layer is None else layer][name]) for name in PREDICTIONS}
         [detections] = postprocess(predictions, *sizes, max_detections, score_threshold, encode)
         found.append({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in detections.items()})
     return found
@@ -229,6 +231,7 @@ def parse_arguments():
         "by side, and their detections go to detections_N.json. Name the images before this flag",
     )
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add_precision_argument(parser)
     return parser.parse_args()
 
 
@@ -252,6 +255,7 @@ def main():
         claim_output(output, images, [*names, "images.json", *files])
         write_entries(output / "images.json", entries)
         model, checkpoint = load_model(args.checkpoint, device)
+        autocast = use_precision(model, args.precision, device)
         if args.layer and max(layers) > model.config.decoder_layers:
             raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
         with contextlib.ExitStack() as stack:
@@ -259,7 +263,7 @@ def main():
             appends = [stack.enter_context(growing_list(output / file)) for file in files]
             stack.callback(print_summary, entries, output)
             for entry, name in zip(tqdm(entries, desc="predict", disable=None), names, strict=True):
-                detect(model, checkpoint, device, args, layers, entry, output / name, appends)
+                detect(model, checkpoint, device, autocast, args, layers, entry, output / name, appends)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"--output {output}: cannot be written ({reason}); make room or choose another") from None
@@ -273,18 +277,20 @@ def new_entry(image_id, path):
     return {"id": image_id, "file_name": str(path), "width": None, "height": None, "overlay": None, "detections": None}
 
 
-def detect(model, checkpoint, device, args, layers, entry, overlay, appends):
+def detect(model, checkpoint, device, autocast, args, layers, entry, overlay, appends):
     """Detect objects in the image of an entry of images.json; write overlay and detections, and complete the entry."""
     path, classes = entry["file_name"], checkpoint["classes"]
     try:
-        image = read_image(path, exif=True)
+        image = read_image(path)
     except DataError as error:
         entry["error"] = str(error)
         tqdm.write(f"predict.py: {error}", file=sys.stderr)
         return
     if (pages := count_pages(path)) > 1:
         tqdm.write(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", file=sys.stderr)
-    found = predict_layers(model, image, device, layers, args.score_threshold, args.max_detections, encode_masks)
+    found = predict_layers(
+        model, image, device, layers, args.score_threshold, args.max_detections, encode_masks, autocast
+    )
     pictures = [draw_instances(image, detections, classes) for detections in found]
     if len(layers) > 1:
         pictures = [side_by_side(pictures, [f"layer {layer}" if layer else "layer 0 (input)" for layer in layers])]

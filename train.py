@@ -181,8 +181,7 @@ class Trainer:
         self.val_set = cli.open_split(args, "val", config.test_size) if args.evaluate else None
         if self.val_set is not None:
             check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
-            _, labels = match_classes(self.train_set.classes, self.val_set.classes, self.val_set.category_ids)
-            self.labels = [labels[category_id] for category_id in self.val_set.category_ids]
+            self.labels = match_classes(self.train_set.classes, self.val_set.classes)
         config = replace(config, num_classes=len(self.train_set.classes))
         self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
@@ -199,9 +198,7 @@ class Trainer:
         self.model.to(device)
         self.frozen = self.schedule.backbone_lr == 0
         self.model.backbone.requires_grad_(not self.frozen)
-        if args.precision == "published":
-            self.model.use_published_precision()
-        self.autocast = cli.autocast_dtype(args.precision, device)
+        self.autocast = cli.use_precision(self.model, args.precision, device)
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)

@@ -271,7 +271,7 @@ def main():
         figure = bar_chart(dict(zip(unique(names), map(read_layers, args.scores), strict=True)))
     else:
         device = choose_device(args.device)
-        images = [(Path(path).name, read_image(path, exif=True)) for path in args.images]
+        images = [(Path(path).name, read_image(path)) for path in args.images]
         models = load(args.checkpoints, device)
         if args.figure == "tokens":
             figure = token_sheet(models, images, device)

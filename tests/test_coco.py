@@ -535,10 +535,10 @@ def test_a_roboflow_folder_is_read(tmp_path):
 
 
 def test_classes_are_matched_by_name():
-    assert match_classes(["a", "b", "c"], ["c", "a"], [3, 8]) == ([8, None, 3], {3: 2, 8: 0})
-    assert match_classes(["a", "b"], ["a", "b"], [1, 2]) == ([1, 2], {1: 0, 2: 1})
+    assert match_classes(["a", "b", "c"], ["c", "a"]) == [2, 0]
+    assert match_classes(["a", "b"], ["a", "b"]) == [0, 1]
     with pytest.raises(DataError, match="has the classes 'd', 'A', but the model was trained for 'a', 'b'; rename"):
-        match_classes(["a", "b"], ["a", "d", "A"], [1, 2, 3])
+        match_classes(["a", "b"], ["a", "d", "A"])
 
 
 def test_sizes_are_compared_with_the_files(tmp_path):

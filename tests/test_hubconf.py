@@ -37,7 +37,7 @@ def same(found, expected):
 
 def test_the_predictor_takes_every_form_of_an_image(tiny_checkpoint, photo):
     detect = load("predictor", checkpoint=tiny_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
-    upright = read_image(photo, exif=True)
+    upright = read_image(photo)
     assert upright.shape == (3, 70, 50)
     expected = predict.predict(load_model(tiny_checkpoint)[0], upright, "cpu", 0.001, 20)
     assert expected["masks"].shape == (20, 70, 50) and detect.classes[3] == "kind 3"

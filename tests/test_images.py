@@ -40,13 +40,13 @@ def test_transparency_is_dropped_and_bilevel_read(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16"])
-def test_exif_orientation_is_applied_only_on_request(tmp_path, mode):
+def test_exif_orientation_is_applied_unless_the_annotations_are_of_the_stored_pixels(tmp_path, mode):
     pixels = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
     image = Image.fromarray(pixels if mode == "I;16" else (pixels // 257).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees clockwise to show"
     (image if mode == "I;16" else image.convert("RGB")).save(tmp_path / "a.png", exif=exif)
-    stored, upright = read_image(tmp_path / "a.png"), read_image(tmp_path / "a.png", exif=True)
+    stored, upright = read_image(tmp_path / "a.png", (3, 4)), read_image(tmp_path / "a.png")
     assert stored.shape == (3, 3, 4)
     assert torch.equal(upright, stored.rot90(-1, dims=(1, 2)))
 
