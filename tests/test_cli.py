@@ -216,7 +216,6 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "no batch": ("eval coco", ["--batch-size", "0"], "--batch-size: 0 is not a positive integer"),
     "no checkpoint": ("eval coco", ["--checkpoint", "DIR"], "is a folder; give the checkpoint file"),
     "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: no such device"),
-    "float16 without a GPU": ("train coco", ["--precision", "float16"], "--precision float16: needs a GPU"),
     "unknown precision": ("train coco", ["--precision", "int8"], "--precision: invalid choice: 'int8'"),
     "unknown schedule": ("train coco", ["--schedule", "13ep"], "--schedule: invalid choice: '13ep'"),
     "epochs in words": ("train coco", ["--epochs", "x"], "--epochs: invalid positive value: 'x'"),
