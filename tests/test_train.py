@@ -480,7 +480,7 @@ def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
 
     def samples(*more):
         trainer = train.Trainer(train.parse_arguments([*flags, *more]), torch.device("cpu"), 0, 1)
-        return train.SeededDataset(trainer.train_set)[3, 0], trainer.val_set[3]
+        return train.SeededDataset(trainer.train_set)[3, 0], (trainer.val_set[3][0], trainer.val_set.ground_truth(3)[1])
 
     (image, target), (expected, wanted) = samples("--no-augmentation")
     assert image.shape == (3, 48, 48) and torch.equal(image, expected)
