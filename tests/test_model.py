@@ -348,12 +348,12 @@ def test_postprocess_refuses_what_is_no_number(name):
     ([torch.rand(64, 64, 3)], r"images\[0\]: a tensor of shape \(64, 64, 3\)"),
     ([torch.rand(3, 0, 64)], r"images\[0\]: a tensor of shape \(3, 0, 64\)"),
     ([torch.zeros(3, 9, 9, dtype=torch.uint8)], r"images\[0\]: a tensor of torch.uint8.*divide by 255"),
-    ([torch.rand(3, 9, 9) * 255], r"images\[0\]: values from .* to 25.*divide by 255"),
-    (torch.rand(1, 3, 9, 9) * 5 - 2, "images: values from -1"),
+    ([torch.linspace(0, 255, 243).view(3, 9, 9)], r"images\[0\]: values from 0 to 255.*divide by 255"),
+    (torch.linspace(-2, 3, 243).view(1, 3, 9, 9), "images: values from -2 to 3"),
     ([torch.rand(3, 9, 9).numpy()], r"images\[0\]: a ndarray"),
 ])  # fmt: skip
 def test_images_that_forward_does_not_take(images, found):
-    with pytest.raises(ValueError, match=found + r".*"):
+    with pytest.raises(ValueError, match=found):
         small_model().eval()(images)
 
 
