@@ -112,7 +112,7 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
     Same arguments and result as `ms_deform_attn`; half types are computed in float32.
     """
     B, _, M, D = value.shape
-    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    Q = sampling_locations.shape[1]
     dtype = value.dtype
     if dtype in (torch.float16, torch.bfloat16):
         value, sampling_locations, attention_weights = (
@@ -128,9 +128,8 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
         if height * width == 0:
             continue
         maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
-        for point in range(P):  # one at a time: the samples of all points are P times the output's memory
-            samples = F.grid_sample(maps, grids[:, level, None, point], padding_mode="zeros", align_corners=False)
-            out = torch.addcmul(out, samples[:, :, 0], weights[:, level, None, point])
+        samples = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, P, Q)
+        out = out + (samples * weights[:, level, None]).sum(2)
     return out.view(B, M * D, Q).transpose(1, 2).to(dtype)
 
 
@@ -152,6 +151,7 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
     if exporting or not has_op(value.device):
         return ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_weights)
     if value.dtype == torch.float16 and value.device.type == "cpu":  # which computes in it no faster
+        sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
         return ms_deform_attn(value.float(), level_shapes, sampling_locations, attention_weights).half()
     sizes = [size for shape in level_shapes for size in shape]
     return torch.ops.dimaskdino.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
@@ -191,8 +191,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query, reference, tokens, level_shapes, level_sizes=None):
         """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
-        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...]; level_sizes (L, 2), for points alone: these as a tensor,
-        see `sizes_of`. Returns (B, Q, C).
+        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...], and level_sizes what `sizes_of` makes of them, where it is
+        at hand. Returns (B, Q, C).
 
         Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
         """
@@ -202,7 +202,8 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            locations = reference + offsets / level_sizes[:, None]
+            sizes = sizes_of(level_shapes, reference) if level_sizes is None else level_sizes
+            locations = reference + offsets / sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
@@ -274,7 +275,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         return self.layers[-1](x)
 
 
@@ -288,7 +289,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        return self.norm(x + self.linear2(self.linear1(x).relu()))
+        return self.norm(x + self.linear2(self.linear1(x).relu_()))
 
 
 def xavier_matrices_(module):

@@ -1,7 +1,11 @@
 """Feature extractors: torchvision's ResNets and Swin transformers, giving maps C2...C5 at strides 4 to 32; weights."""
 
+import contextlib
 import pickle
+import pickletools
 import re
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +44,29 @@ def group_norm(channels):
     return nn.GroupNorm(32, channels)
 
 
+def fold_norms(body):
+    """Let every convolution of a ResNet apply the frozen batch norm behind it: one pass over the activations instead of
+    three, none of them stored in float32 under autocast. Parameters, buffers and their names stay as they are.
+    """
+    for module in list(body.modules()):
+        children = dict(module.named_children())
+        for name, conv in children.items():
+            norm = children.get({"0": "1"}.get(name, name.replace("conv", "bn")))
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+                conv.forward, norm.forward = partial(normed_conv, conv, norm), identity
+
+
+def normed_conv(conv, norm, x):
+    """norm(conv(x)) as one convolution: with its weight times the norm's gain, and the norm's shift as bias."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv._conv_forward(x, conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain)
+
+
+def identity(x):
+    """x itself, of a norm that its convolution applies."""
+    return x
+
+
 class ResNet(nn.Module):
     """A torchvision ResNet without its classifier; parameters keep torchvision's names below `body`.
 
@@ -51,6 +78,9 @@ class ResNet(nn.Module):
         super().__init__()
         norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
         self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        if frozen_batch_norm:
+            fold_norms(self.body)
+        self.body.to(memory_format=torch.channels_last)
         self.channels = [stage[0].conv1.in_channels for stage in (self.body.layer2, self.body.layer3, self.body.layer4)]
         self.channels.append(self.body.fc.in_features)  # of C2, C3, C4, C5
         del self.body.fc
@@ -63,7 +93,8 @@ class ResNet(nn.Module):
     def forward(self, images):
         """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
         body = self.body
-        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
         maps = []
         for stage in self.stages:
             x = stage(x)
@@ -177,50 +208,116 @@ def renamed(name, table):
     raise KeyError(name)
 
 
-def open_pickle(path, trust_pickle=False):
-    """What a file of torch.save, or a plain pickle with the suffix .pkl, holds. Raises whatever reading comes across.
+def file_kind(path):
+    """What a file is that holds no weights, in words, by its first bytes; else None."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    if not start:
+        return "empty, perhaps truncated; get it again"
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the weights behind it; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; fetch them with git lfs pull"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start) and start.isascii() and not is_pickle(path):
+        return "a text, not weights; check the path"
+    return None
+
+
+def is_pickle(path):
+    """Whether a file is a pickle from beginning to end, or a file of torch.save with one; nothing in it is run."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+        with open(path, "rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 1
+    except Exception:  # it fails on all sorts of bytes in all sorts of ways
+        return False
+
+
+def open_weights(path, trust_pickle=False):
+    """What a file of torch.save or safetensors, or a plain pickle with the suffix .pkl, holds; tensors on the CPU.
 
     Raises PermissionError without `trust_pickle` for a file that only Python's pickle can open, since that runs
-    whatever program the file holds.
-    """
-    if path.suffix != ".pkl":
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            pass  # it holds more than tensors
-    if not trust_pickle:
-        raise PermissionError(
-            f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
-            "if you trust where the file comes from, add --trust-pickle"
-        )
-    if path.suffix != ".pkl":
-        return torch.load(path, map_location="cpu", weights_only=False)
-    with open(path, "rb") as file:
-        return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
-
-
-def read_weights(path, trust_pickle=False):
-    """{name: tensor} from a file of others: .pth or Detectron2's .pkl, the names at its top or under "model".
-
-    Raises ValueError or OSError, in one line, for what cannot be read, or not without `trust_pickle`.
+    whatever program the file holds; ValueError or OSError, in one line, for what cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
+    if kind := file_kind(path):
+        raise ValueError(f"{path}: is {kind}")
     try:
-        content = open_pickle(path, trust_pickle)
+        if path.suffix == ".safetensors":
+            return load_safetensors(path)
+        if path.suffix != ".pkl":
+            with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
+                return torch.load(path, map_location="cpu", weights_only=True)
+        if not trust_pickle and is_pickle(path):
+            raise PermissionError(
+                f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
+                "if you trust where the file comes from, add --trust-pickle"
+            )
+        if not trust_pickle:
+            raise ValueError("no whole file of torch.save")
+        if path.suffix != ".pkl":
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with open(path, "rb") as file:
+            return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
     except PermissionError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever zip, pickle and their own checks come across
         reason = str(error).split("\n")[0][:100] or type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint, perhaps truncated ({reason})") from None
-    entries = content.get("model", content) if isinstance(content, dict) else None
+
+
+def load_safetensors(path):
+    """{name: tensor} of a file of safetensors, a package of its own."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise PermissionError(f"{path}: needs a further package: python -m pip install safetensors") from None
+    return load_file(path)
+
+
+# Where programs put the weights in what they save, the first that is there: PyTorch Lightning's are in "state_dict".
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_ema", "ema", "ema_state_dict", "module")
+
+
+def find_weights(path, content):
+    """The weights in what a file holds: {name: tensor}, without the prefixes of DDP, torch.compile and Lightning.
+
+    A line on stderr says where they were if that is neither its top nor "model", and what other ones there are. Raises
+    ValueError.
+    """
+    entries, where = content, []
+    while isinstance(entries, dict) and (found := [key for key in WRAPPERS if isinstance(entries.get(key), dict)]):
+        where.append(found[0])
+        if found[1:] or found[0] != "model":
+            others = f", not those of {', '.join(found[1:])}" if found[1:] else ""
+            print(f"{path}: takes the weights of {'.'.join(where)!r}{others}", file=sys.stderr)
+        entries = entries[found[0]]
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{path}: holds no weights, neither at its top nor under 'model'")
+        raise ValueError(f"{path}: holds no weights, neither at its top nor under {', '.join(map(repr, WRAPPERS))}")
+    weights = {}
     for name, value in entries.items():
         if not isinstance(value, torch.Tensor | np.ndarray | np.generic):
             raise ValueError(f"{path}: the entry {name!r} is not a tensor but {type(value).__name__}")
-    return {name: torch.as_tensor(value) for name, value in entries.items()}
+        if str(name) != "n_averaged":  # of torch.optim.swa_utils.AveragedModel
+            bare = re.sub(r"^((module|model)\.)*", "", str(name).replace("_orig_mod.", ""))
+            if bare in weights:
+                raise ValueError(f"{path}: holds {bare} twice, once as {name}; give a file with one model")
+            weights[bare] = torch.as_tensor(value)
+    for name, value in weights.items():
+        if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: its training diverged, or it is damaged")
+    return weights
+
+
+def read_weights(path, trust_pickle=False):
+    """{name: tensor} from a file of others, see `open_weights`, `find_weights`. Raises ValueError or OSError."""
+    return find_weights(path, open_weights(path, trust_pickle))
 
 
 def mismatches(found, expected):
@@ -237,6 +334,18 @@ def mismatches(found, expected):
     ]
 
 
+def shortened(problems, most=10):
+    """The lines of `mismatches`, of each kind the first `most` and how many more there are."""
+    kinds = {}
+    for line in problems:
+        kinds.setdefault(line.split(":")[0], []).append(line)
+    return [
+        line
+        for kind, lines in kinds.items()
+        for line in lines[:most] + ([f"{kind}: and {len(lines) - most} more"] if len(lines) > most else [])
+    ]
+
+
 def load_backbone_weights(backbone, source, trust_pickle=False):
     """Load pretrained weights into a `ResNet` or `Swin`. The norms on Swin's maps stay where the weights have none.
 
@@ -244,8 +353,8 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
                   of torchvision, of Microsoft's Swin, or of Detectron2, told apart by the names in it
     trust_pickle  allows a file in the format of Python's pickle, as Detectron2's .pkl, which may run any program
 
-    Raises ValueError, listing every entry that is missing, unknown or misshapen; ValueError or OSError, in one line,
-    for what cannot be read.
+    Raises ValueError, listing entries that are missing, unknown or misshapen, ten of each kind at most; ValueError or
+    OSError, in one line, for what cannot be read.
     """
     weights = download_weights(source) if "_Weights." in str(source) else read_weights(source, trust_pickle)
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
@@ -258,7 +367,8 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
         name: state[ours].shape for name, ours in names.items() if name in weights or not ours.startswith("norms.")
     }
     if problems := mismatches(weights, expected):
-        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(shortened(problems))
+        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:\n  {lines}")
     backbone.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 

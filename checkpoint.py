@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, read, the newest one, and what a training starts from."""
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbone import SWINS, load_backbone_weights
+from backbone import SWINS, find_weights, load_backbone_weights, mismatches, open_weights
 from config import Config, InputError
 from model import DIMaskDINO
 
@@ -29,40 +30,55 @@ def read_checkpoint(path):
     {"model": state dict, "config": fields of Config, "classes": names, ...}, see `train.py`.
     Raises InputError for a missing, damaged or foreign file; nothing in the file is executed.
     """
+    foreign = f"{path}: not a checkpoint of this project; run convert.py on a released one"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = open_weights(path)
+        weights = find_weights(path, checkpoint)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give the checkpoint file in it") from None
-    except Exception as error:  # torch.load raises whatever zip, pickle and its own checks come across
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint, perhaps truncated ({reason[:100]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config", "classes"} <= checkpoint.keys():
-        raise InputError(f"{path}: not a checkpoint of this project; run convert.py on a released one")
-    return checkpoint
+    except PermissionError:
+        raise InputError(foreign) from None
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+    missing = [repr(key) for key in ("config", "classes") if key not in checkpoint]
+    if missing:
+        raise InputError(f"{foreign} (there are {len(weights)} tensors in it, but no {' and no '.join(missing)})")
+    if not (isinstance(checkpoint["config"], dict) and isinstance(checkpoint["classes"], list | tuple)):
+        raise InputError(foreign)
+    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in checkpoint["config"].items()}
+    return checkpoint | {"model": weights, "config": tuples}
 
 
-def load_model(path, device="cpu"):
-    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError."""
+def load_model(path, device="cpu", overrides=None):
+    """The model of a checkpoint file, in evaluation mode, and the checkpoint's dictionary. Raises InputError.
+
+    overrides: fields of `Config` that take the place of the checkpoint's.
+    """
     checkpoint = read_checkpoint(path)
+    weights, classes = checkpoint["model"], checkpoint["classes"]
     try:
-        model = DIMaskDINO(Config(**checkpoint["config"]))
-        differing = model.state_dict().keys() ^ checkpoint["model"].keys()
-        settings = [name for start, name in SETTINGS_OF.items() if any(key.startswith(start) for key in differing)]
-        model.load_state_dict(checkpoint["model"])
+        model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
     except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its config is not one of this version ({reason})") from None
+    if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
+        settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]
         reason = f"in {' and '.join(settings)}: " if settings else ""
-        reason += " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its weights and its config do not fit ({reason})") from None
+        reason += "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise InputError(f"{path}: its weights and its config do not fit ({reason})")
+    for key in ("classes", "category_ids"):
+        if len(checkpoint.get(key, classes)) != model.config.num_classes:
+            numbers = f"{len(checkpoint[key])} {key} for {model.config.num_classes} classes"
+            raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
+    model.load_state_dict(weights)
     return model.to(device).eval(), checkpoint
 
 
 def save_checkpoint(path, checkpoint, keep=None):
     """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
 
-    keep: a name in the same folder for the file that was at `path`. Raises InputError where the disk does not take it;
-    what was at `path` is still there then.
+    keep: a name in the same folder for the file that was at `path`. Raises InputError if the file cannot be
+    written; what was at `path` is still there then.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -75,12 +91,11 @@ def save_checkpoint(path, checkpoint, keep=None):
             link(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free / 2**20
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0][:100]}; {free:.0f} MiB were free"
-            raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
-        raise
+            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
+        raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def link(path, name):
@@ -107,16 +122,75 @@ def newest_checkpoint(output):
     return None
 
 
-def check_config(path, checkpoint, config, **settings):
+def check_config(path, checkpoint, config, settings):
     """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
-    found = checkpoint["config"] | checkpoint.get("settings", {})
-    wanted = asdict(config) | settings
-    different = [f"{name} {found.get(name)} instead of {value}" for name, value in wanted.items()
+    found = checkpoint["config"] | checkpoint["settings"]
+    expected = asdict(config) | settings
+    expected.pop("grad_checkpoint")  # changes no result
+    different = [f"{name} {str(found.get(name))[:80]} instead of {str(value)[:80]}" for name, value in expected.items()
                  if found.get(name) != value]  # fmt: skip
     if different:
         raise InputError(
-            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags"
+            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags, or start "
+            "a new training from its weights with --init and another --output"
         )
+
+
+def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
+    """Go on with a training: put model, optimizer and scaler into the state in which the checkpoint was written.
+
+    settings, schedule: those of now; a schedule may be another than that of the checkpoint. Returns lines to print.
+    Raises InputError.
+    """
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
+    check_config(path, checkpoint, model.config, settings)
+    rates = [group["base_lr"] for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be resumed ({reason}); start from its weights with --init") from None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["base_lr"] = rate  # the flags', which may be new
+    changed = [name for name, value in vars(schedule).items() if checkpoint["schedule"].get(name) != value]
+    lines = [f"the schedule has changed in {', '.join(changed)}"] if changed else []
+    return [f"resuming {path} after iteration {checkpoint['iteration']}", *lines]
+
+
+def read_log(path, iteration):
+    """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
+            entries.append(json.loads(line))
+    entries = [entry for entry in entries if entry["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    os.replace(temporary, path)
+    return entries
+
+
+def add_start_arguments(parser):
+    """The flags that name what a training starts from."""
+    add = parser.add_argument_group("starting point").add_argument
+    add(
+        "--backbone-weights",
+        metavar="NAME-OR-FILE",
+        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, "
+        "Microsoft's Swin or Detectron2; or none (default: torchvision's ImageNet weights; for tiny, none)",
+    )
+    add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
+    )
 
 
 def load_starting_point(model, args, classes):
@@ -158,6 +232,12 @@ def load_init(model, path, classes):
     unused = [name for name in checkpoint["model"] if name not in state]
     return [
         f"{path}: {len(found)} of {len(state)} entries loaded",
-        f"  start anew, as they are for other classes, of another shape or not in it: {', '.join(kept) or 'none'}",
-        f"  in it but not in this model: {', '.join(unused) or 'none'}",
+        f"  start anew, as they are for other classes, of another shape or not in it: {some_of(kept)}",
+        f"  in it but not in this model: {some_of(unused)}",
     ]
+
+
+def some_of(names, most=10):
+    """Names in a line, the first `most` and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"

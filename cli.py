@@ -1,15 +1,20 @@
 """What the programs share: the flags that name the data, devices and processes, and errors in one line."""
 
 import argparse
+import math
 import os
+import re
+import signal
 import sys
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from bdd100k import bdd100k_paths, read_bdd100k
-from coco import coco_paths
+from coco import coco_paths, read_annotations
 from config import InputError
 from data import CocoInstances
 from images import DataError
@@ -22,9 +27,8 @@ def add_data_arguments(parser):
     group.add_argument(
         "--data",
         choices=["shapes", "shapes-hard", "coco", "bdd100k"],
-        default="shapes",
         help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
-        "(default: shapes)",
+        "(default: coco with --data-root, and shapes where no data is named at all)",
     )
     group.add_argument(
         "--data-root",
@@ -52,7 +56,7 @@ def add_data_arguments(parser):
 def count(text):
     """An argparse type: an integer, 0 or more."""
     if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return int(text)
 
 
@@ -63,21 +67,90 @@ def positive(text):
     return int(text)
 
 
-def open_split(args, split, transform):
-    """The data set that the flags name, split "train" or "val". Raises DataError."""
-    annotation_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+def not_negative(text):
+    """An argparse type: a finite number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text}")
+    return float(text)
+
+
+def data_kind(args):
+    """--data or what stands for it: coco with --data-root alone, None with files alone, shapes with nothing."""
+    files = (getattr(args, f"{split}_{what}") for split in ("train", "val") for what in ("json", "images"))
+    return args.data or ("coco" if args.data_root else None if any(files) else "shapes")
+
+
+def generate_shapes(args):
+    """Generate the images of `--data shapes` or `shapes-hard`, if that is the data and they are not there."""
+    kind = data_kind(args)
+    if kind in ("shapes", "shapes-hard"):
+        make_shapes(args.data_root or f"runs/{kind}", hard=kind == "shapes-hard")
+
+
+def open_split(args, split, test_size=(800, 1333), augmentation=None):
+    """The data set that the flags name, split "train", "val" or "test"; sizes as CocoInstances takes them.
+
+    Raises DataError, also for flags that are missing.
+    """
+    kind, flags, read = data_kind(args), f"--{split}-json and --{split}-images", read_annotations
+    annotation_file, image_dir = getattr(args, f"{split}_json", None), getattr(args, f"{split}_images", None)
     if bool(annotation_file) != bool(image_dir):
-        raise DataError(f"--{split}-json and --{split}-images belong together: give both or neither")
-    if not annotation_file:
-        if args.data in ("shapes", "shapes-hard"):
-            args.data_root = args.data_root or f"runs/{args.data}"
-            make_shapes(args.data_root, hard=args.data == "shapes-hard")
-        elif not args.data_root:
-            raise DataError(f"--data {args.data} needs --data-root, or --{split}-json and --{split}-images")
-        if args.data == "bdd100k":
-            return CocoInstances(*bdd100k_paths(args.data_root, split), transform, split == "train", read_bdd100k)
+        missing = "images" if annotation_file else "json"
+        raise DataError(f"{flags} belong together: --{split}-{missing} is missing")
+    if annotation_file:
+        pass
+    elif kind is None:
+        alone = "; or train without evaluation, with --no-eval" if split == "val" and hasattr(args, "evaluate") else ""
+        raise DataError(f"{flags} are missing: files are given for the other split alone{alone}")
+    elif kind in ("shapes", "shapes-hard"):
+        generate_shapes(args)
+        annotation_file, image_dir = coco_paths(args.data_root or f"runs/{kind}", split)
+    elif not args.data_root:
+        raise DataError(f"--data {kind} needs --data-root, or {flags}")
+    elif kind == "bdd100k":
+        annotation_file, image_dir = bdd100k_paths(args.data_root, split)
+        read = read_bdd100k
+    else:
         annotation_file, image_dir = coco_paths(args.data_root, split)
-    return CocoInstances(annotation_file, image_dir, transform, training=split == "train")
+    keep_empty = getattr(args, "keep_empty", False)
+    return CocoInstances(annotation_file, image_dir, split == "train", test_size, augmentation, keep_empty, read)
+
+
+def warn_of_crowded_images(dataset, queries):
+    """Warn of images with more instances than the model has queries, as it cannot find them all."""
+    counts = [len(dataset.instances[image_id]) for image_id in dataset.image_ids]
+    if crowded := sum(number > queries for number in counts):
+        warn(
+            f"{crowded} of {len(counts)} images hold more instances than the model has queries, up to {max(counts)}: "
+            f"it can find {queries} in an image; the last number of --selections sets how many"
+        )
+
+
+def add_precision_argument(parser):
+    """--precision, the same in every program that runs a model."""
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16", "float16", "published"],
+        default="auto",
+        help="of the model's activations; boxes, the scores that select, matching and losses are always in float32. "
+        "published: float16, with encoder, interaction layers and decoder layers in float32 (default: auto, bfloat16 "
+        "on a GPU that has it, float16 on others, float32 on the CPU). float32 is exact: TF32 is off, for matrix "
+        "products and convolutions alike",
+    )
+
+
+def autocast_dtype(precision, device):
+    """The dtype of autocast for --precision on this device; None: float32, without autocast. Raises InputError.
+
+    For "published", which is float16, the model needs `use_published_precision()` as well.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if precision == "float16" and device.type == "cpu":
+        raise InputError("--precision float16: needs a GPU; the CPU has published, bfloat16 and float32")
+    return {"float32": None, "published": torch.float16}.get(precision, getattr(torch, precision, None))
 
 
 def choose_device(name):
@@ -89,8 +162,64 @@ def choose_device(name):
     except RuntimeError:
         raise InputError(f"--device {name}: no such device; use cpu, cuda or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no usable CUDA GPU here; use --device cpu")
+        raise InputError(f"--device {name}: no usable CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
+    # By default PyTorch takes TF32, with 10 bits of mantissa, for convolutions and not for matrix products.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def join_processes(name):
+    """This process's device for --device `name`, its rank, its rank on its node, and the number of processes.
+
+    torchrun says which in RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process. Raises InputError.
+    """
+    device = choose_device(name)
+    rank, world, local_rank = (environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world is None or world == 1:
+        return device, 0, 0, 1
+    if rank is None or not 0 <= rank < world:
+        raise InputError(f"RANK is {rank} of WORLD_SIZE {world} processes; start them with torchrun")
+    if device.type == "cuda":
+        there = torch.cuda.device_count()
+        if local_rank is None and there > 1:
+            raise InputError(
+                f"LOCAL_RANK, which of the {there} GPUs is this process's, is not set; start with torchrun"
+            )
+        if not 0 <= (local_rank or 0) < there:
+            raise InputError(f"LOCAL_RANK is {local_rank}, this node has {there} GPU(s); lower --nproc_per_node")
+        device = torch.device("cuda", local_rank or 0)
+        torch.cuda.set_device(device)
+    try:
+        # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host. The timeout is
+        # for those that wait for an evaluation: at COCO's size pycocotools alone needs minutes for every layer.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise InputError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
+    if rank > 0:
+        warnings.simplefilter("ignore")  # the first process gives them
+    return device, rank, local_rank or 0, world
+
+
+def environment(name):
+    """The number in an environment variable, None where it is not set. Raises InputError."""
+    try:
+        return int(os.environ[name]) if name in os.environ else None
+    except ValueError:
+        raise InputError(f"{name} is {os.environ[name]!r} and not a number; start with torchrun") from None
+
+
+def process_rank():
+    """The rank of this process, 0 where there is but one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather(value):
@@ -98,13 +227,90 @@ def gather(value):
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise InputError(f"another process than {dist.get_rank()} has ended or is out of reach ({reason})") from None
     return values
 
 
+def together(function):
+    """What `function()` returns; where it raises InputError, DataError or OSError in any process, all of them end.
+
+    The first of these processes says why, the others nothing.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except (InputError, DataError, OSError) as found:
+        error = found
+    failed = [rank for rank, bad in enumerate(gather(error is not None)) if bad]
+    if not failed:
+        return result
+    if process_rank() == failed[0]:
+        raise error
+    sys.exit(1)
+
+
+def require_same(**settings):
+    """Raise InputError unless all processes have the same settings; prints a line on each that differs."""
+    everywhere = gather(settings)
+    differing = [name for name in settings if any(found[name] != everywhere[0][name] for found in everywhere)]
+    for name in differing:
+        others = {}
+        for rank, found in enumerate(everywhere):
+            others.setdefault(str(found[name]), []).append(str(rank))
+        warn(f"{name}: " + ", ".join(f"{value} in process {' '.join(ranks)}" for value, ranks in others.items()))
+    if differing and process_rank() > 0:
+        sys.exit(1)
+    if differing:
+        raise InputError(
+            f"the processes differ in {', '.join(differing)}; start all with the same flags and, to resume, with the "
+            "same checkpoint.pt in --output on every node"
+        )
+
+
+def say(line):
+    """Print a line, in the process of rank 0 alone."""
+    if process_rank() == 0:
+        print(line, flush=True)
+
+
+def warn(line):
+    """Print a warning on stderr, in the process of rank 0 alone."""
+    if process_rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: warning: {line}", file=sys.stderr, flush=True)
+
+
 def run_program(main):
-    """Run a program's `main`; bad data and bad input end it with their one line and exit status 1."""
+    """Run a program's `main`; bad data, bad input, files that cannot be written, lack of memory and Ctrl-C end it with
+    one line and a status other than 0. Warnings take one line as well.
+    """
+    program = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()
-    except (DataError, InputError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (DataError, InputError, OSError) as error:
+        sys.exit(f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (MemoryError, NotImplementedError, RuntimeError) as error:
+        if not (reason := resource_error(error)):
+            raise
+        sys.exit(f"{program}: error: {reason}")
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def resource_error(error):
+    """The line for an exception that says that memory or an operation of the device is missing; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        asked = re.search(r"allocate (?:memory: you tried to allocate )?([\d.]+ ?\w+)", text)
+        asked = f" ({asked[1]} asked for)" if asked else ""
+        return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
+    if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
+        return f"the device cannot run the model ({text[:150]}); use --device cpu"
+    return None

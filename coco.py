@@ -1,4 +1,4 @@
-"""COCO annotation files, read and checked."""
+"""COCO annotation files: found, read, checked and brought into one form."""
 
 import gc
 import json
@@ -6,206 +6,371 @@ import math
 import os
 import re
 import warnings
-from array import array
-from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
+from torchvision.ops import box_convert
 
-from images import DataError
+from config import InputError
+from images import DataError, image_size, short
+from segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
 
 
 def coco_paths(root, split):
-    """Annotation file and image folder of split "train" or "val" in a COCO folder; DataError if they are not there.
+    """Annotation file and image folder of split "train", "val" or "test"; DataError if they are not there.
 
-    Both COCO layouts work: the images in root/{split}2017 or in root/images/{split}2017.
+    Two layouts work. COCO's: root/annotations/instances_{split}2017.json, for the test images also
+    image_info_test-dev2017.json or image_info_test2017.json, with the images in root/{split}2017 or
+    root/images/{split}2017. Roboflow's: root/train, root/valid and root/test, each with _annotations.coco.json beside
+    its images.
     """
     root = Path(root)
-    annotation_file = root / "annotations" / f"instances_{split}2017.json"
+    names = [f"instances_{split}2017.json"]
+    if split == "test":
+        names += ["image_info_test-dev2017.json", "image_info_test2017.json"]
+    coco = [path for name in names if (path := root / "annotations" / name).is_file()]
+    folder = root / {"val": "valid"}.get(split, split)
+    roboflow = folder / "_annotations.coco.json"
+    if roboflow.is_file():
+        if coco:
+            raise DataError(f"{root}: has both {coco[0]} and {roboflow}; remove one, or name the files with flags")
+        return roboflow, folder
+    if not coco:
+        raise DataError(f"{root}: has neither annotations/{' nor annotations/'.join(names)} (COCO's layout) nor"
+                        f" {roboflow.relative_to(root)} (Roboflow's); check the data root")  # fmt: skip
     folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
-    if not annotation_file.is_file():
-        raise DataError(f"{annotation_file}: no such file; the data root must be a COCO folder")
     for folder in folders:
         if folder.is_dir():
-            return annotation_file, folder
+            return coco[0], folder
     raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
 
 
-def read_annotations(annotation_file, image_dir):
-    """Load and check a whole COCO annotation file.
+def match_classes(trained, classes, category_ids):
+    """Match a data set's classes with those that a model was trained for, by name.
 
-    Returns the dictionary. Polygons come back as float arrays and uncompressed RLE compressed: forked loader processes
-    share the parent's memory until they touch an object, so that lists of a million floats would be copied by each.
-    Raises DataError, naming the file and the first annotation or image in question.
+    trained, classes: names, each once; category_ids: the data set's, in the order of `classes`. Returns the category
+    id for each label of `trained`, None where the data set lacks the class, and {category id: label}. DataError names
+    the data set's classes that the model does not know.
+    """
+    unknown = [name for name in classes if name not in trained]
+    if unknown:
+        raise DataError(f"the data set has the classes {_list(unknown)}, but the model was trained for"
+                        f" {_list(trained)}; rename them or give the data set that fits")  # fmt: skip
+    ids = dict(zip(classes, category_ids, strict=True))
+    labels = {ids[name]: label for label, name in enumerate(trained) if name in ids}
+    return [ids.get(name) for name in trained], labels
+
+
+def check_sizes(dataset, image_dir):
+    """Compare all sizes of `read_annotations` with the files' headers; DataError names the first that differs."""
+    faults = []
+    for image in dataset["images"]:
+        try:
+            image_size(Path(image_dir) / image["file_name"], (image["height"], image["width"]))
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(f"{faults[0]}{_more(faults, 'images')}")
+
+
+# --- reading: what has one meaning is taken, single useless annotations are left out, the rest is an error
+
+FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
+
+
+def read_annotations(annotation_file, image_dir, need_annotations=True):
+    """Load and check a whole COCO annotation file; returns its dictionary in one form.
+
+    images        id int, file_id as the file has it, file_name relative to `image_dir`, height and width int
+    categories    id int, file_id, name
+    annotations   id 1...N in the order of the file, image_id, category_id and iscrowd int (1 also for `ignore`), area
+                  and bbox (x, y, width, height) also where the file has none; segmentation: polygons as float64 arrays
+                  (lists of floats would be copied into every loader process that touches them) or compressed RLE
+
+    Ids that are integers are kept (1, 1.0 and "1" are the same), texts are numbered. Annotations that enclose nothing
+    or belong to no image of the file are left out with a warning. With need_annotations=False a file without
+    annotations is fine. Raises DataError, which names the file and the first annotation or image in question.
     """
     gc.disable()  # millions of new lists, no cycles: the collector would need as long as the parser
     try:
-        return _read_annotations(annotation_file, image_dir)
+        dataset = _load(annotation_file, need_annotations)
+        for note in _normalise(dataset, image_dir, need_annotations):
+            warnings.warn(f"{annotation_file}: {note}", stacklevel=2)
+    except RecursionError:
+        raise DataError(f"{annotation_file}: is nested too deeply; give a COCO annotation file") from None
+    except DataError as error:
+        raise DataError(f"{annotation_file}: {error}") from None
     finally:
         gc.enable()
-
-
-def _read_annotations(annotation_file, image_dir):
-    try:
-        dataset = json.loads(Path(annotation_file).read_bytes())
-    except OSError as error:
-        raise DataError(f"{annotation_file}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise DataError(f"{annotation_file}: is not JSON ({error}); give a COCO annotation file") from None
-    for key in ("images", "annotations", "categories"):
-        entries = dataset.get(key) if isinstance(dataset, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(
-                f"{annotation_file}: is not in COCO format (no list of {key!r}); give a COCO annotation file"
-            )
-        if not entries:
-            raise DataError(f"{annotation_file}: the data set is empty (no {key}); give a file with some")
-    _check_entries(annotation_file, dataset, "categories", {"id": int, "name": str})
-    _check_entries(annotation_file, dataset, "images", {"id": int, "file_name": str, "height": int, "width": int})
-    _check_entries(annotation_file, dataset, "annotations", ANNOTATION_KEYS)
-
-    names = [image["file_name"] for image in dataset["images"]]
-    try:
-        present = set(os.listdir(image_dir))  # one listing instead of a system call per image
-    except OSError as error:
-        raise DataError(f"{image_dir}: not a readable image folder ({error.strerror}); check the path") from None
-    missing = [n for n in names if n not in present and not ("/" in n and (Path(image_dir) / n).is_file())]
-    if missing:
-        raise DataError(
-            f"{annotation_file}: {len(missing)} of {len(names)} images are not in {image_dir}, the first is"
-            f" {missing[0]}; check the image folder"
-        )
-
-    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
-    categories = {category["id"] for category in dataset["categories"]}
-    wrong, degenerate = {}, {}  # annotation id -> what is the matter
-    for annotation in dataset["annotations"]:
-        if annotation["image_id"] not in sizes:
-            wrong[annotation["id"]] = f"unknown image id {annotation['image_id']}"
-        elif annotation["category_id"] not in categories:
-            wrong[annotation["id"]] = f"unknown category id {annotation['category_id']}"
-        elif problem := _degenerate_geometry(annotation):
-            degenerate[annotation["id"]] = problem
-        elif problem := _pack_segmentation(annotation, *sizes[annotation["image_id"]]):
-            wrong[annotation["id"]] = problem
-    # COCO's own train2017 has a box without height or two among its 860,001 annotations. So degenerate shapes are an
-    # error, except where they are at most one in ten thousand: those are left out everywhere, with a warning.
-    if len(degenerate) * 10_000 > len(dataset["annotations"]):
-        wrong |= degenerate
-    elif degenerate:
-        first = next(iter(degenerate))
-        warnings.warn(
-            f"{annotation_file}: {len(degenerate)} degenerate annotation(s) left out, the first is annotation {first}:"
-            f" {degenerate[first]}",
-            stacklevel=4,
-        )
-        dataset["annotations"] = [a for a in dataset["annotations"] if a["id"] not in degenerate]
-    if wrong:
-        first = next(iter(wrong))
-        more = f" (and {len(wrong) - 1} more annotations with faults)" if len(wrong) > 1 else ""
-        raise DataError(f"{annotation_file}: annotation {first}: {wrong[first]}{more}; correct or remove it")
     return dataset
 
 
-ANNOTATION_KEYS = {
-    "id": int,
-    "image_id": int,
-    "category_id": int,
-    "bbox": list,
-    "segmentation": (list, dict),
-    "area": (int, float),
-    "iscrowd": int,
-}
-
-
-def _check_entries(annotation_file, dataset, key, types):
-    """Raise DataError unless the entries of dataset[key] have unique ids and these keys with values of these types."""
-    entries = dataset[key]
-    for name, kind in types.items():
-        # The few types that occur are quicker to collect than each entry is to judge.
-        if not all(issubclass(found, kind) for found in {type(entry.get(name)) for entry in entries}):
-            index, entry = next((i, e) for i, e in enumerate(entries) if not isinstance(e.get(name), kind))
-            what = "wrong" if name in entry else "no"
-            where = f"entry {index} of {key!r} (id {entry.get('id')})"
-            raise DataError(f"{annotation_file}: {where} has {what} {name!r}; correct the file")
-    ids = Counter(entry["id"] for entry in entries)
-    if len(ids) < len(entries):
-        [(twice, _)] = ids.most_common(1)
-        raise DataError(f"{annotation_file}: id {twice} occurs twice in {key!r}; make the ids unique")
-    if key == "images":
-        for entry in entries:
-            if not (entry["height"] > 0 and entry["width"] > 0):
-                raise DataError(f"{annotation_file}: image {entry['id']} has no area; correct its height and width")
-
-
-def _degenerate_geometry(annotation):
-    """Why this annotation encloses nothing: what is wrong with its box or polygons, or None."""
-    box, segmentation = annotation["bbox"], annotation["segmentation"]
+def _load(annotation_file, need_annotations):
     try:
-        x, y, w, h = box
-        if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):
-            return f"box {box} (x, y, width, height) has no area"
-    except (TypeError, ValueError):
-        return f"box {box} is not a list of four numbers"
-    if isinstance(segmentation, list):
-        if not segmentation:
-            return "no segmentation"
-        for polygon in segmentation:
-            if isinstance(polygon, list) and len(polygon) < 6:
-                return f"polygon with fewer than three points ({len(polygon)} numbers)"
-    return None
+        dataset = json.loads(Path(annotation_file).read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(f"is not JSON ({error}); give a COCO annotation file") from None
+    if not isinstance(dataset, dict):
+        raise DataError(f"is not in COCO format ({short(dataset)}, expected an object); give a COCO annotation file")
+    if not need_annotations:
+        dataset.setdefault("annotations", [])
+    for key in ("images", "categories", "annotations"):
+        entries = dataset.get(key)
+        if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
+            raise DataError(f"is not in COCO format ({key!r} is {short(entries)}, expected a list of objects); give a"
+                            " COCO annotation file")  # fmt: skip
+        if not entries and (need_annotations or key != "annotations"):
+            raise DataError(f"the data set is empty (no {key}); give a file with some")
+    return dataset
 
 
-def _pack_segmentation(annotation, height, width):
-    """Replace polygons by arrays and uncompressed by compressed RLE in place; returns what is wrong, or None."""
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        try:
-            for polygon in segmentation:
-                if len(polygon) % 2:
-                    return f"polygon with an odd number of coordinates ({len(polygon)})"
-                # The rasteriser walks along every edge: one absurd coordinate would take all memory. (NaN fails too.)
-                if not sum(map(abs, polygon)) <= len(polygon) * (height + width):
-                    return f"polygon with coordinates far outside its {width}x{height} image"
-            annotation["segmentation"] = [array("d", polygon) for polygon in segmentation]
-        except TypeError:
-            return "a polygon is not a flat list of numbers"
+def _normalise(dataset, image_dir, need_annotations):
+    """Bring the dictionary into the form of `read_annotations`, in place; returns the warnings."""
+    notes = []
+    for category in dataset["categories"]:
+        if not isinstance(category.get("name"), str):
+            raise DataError(f"category {category.get('id')!r} has name {category.get('name')!r}, expected a text")
+    image_ids = _unique_ids(dataset, "images", ("file_name", "coco_url", "height", "width"), notes)
+    category_ids = _unique_ids(dataset, "categories", ("name",), notes)
+    _find_files(dataset["images"], image_dir, notes)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+
+    annotations, faults = _refer(dataset["annotations"], "image_id", image_ids)
+    _note(notes, faults, "annotation(s) of images that are not in the file left out")
+    annotations, faults = _refer(annotations, "category_id", category_ids)
+    _refuse(faults or _check_numbers(annotations))
+    faults = [[], [], [], []]
+    for start in range(0, len(annotations), 2_000):
+        for kind, annotation, why in check_segmentations(annotations[start : start + 2_000], sizes):
+            faults[kind].append((annotation, why))
+    _refuse(faults[REFUSED])
+    _note(notes, faults[LEFT_OUT], "annotation(s) left out")
+    _note(notes, faults[TRIMMED], "annotation(s) with polygons that have no area, which are left out")
+    _note(notes, faults[MISFIT], "box(es) that do not fit their masks; bbox must be x, y, width, height")
+    left_out = {id(annotation) for annotation, _ in faults[LEFT_OUT]}
+    dataset["annotations"] = [a for a in annotations if id(a) not in left_out] if left_out else annotations
+    if need_annotations and not dataset["annotations"]:
+        raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
+    if dataset["annotations"] and all(max(annotation["bbox"]) <= 1 for annotation in dataset["annotations"]):
+        raise DataError(f"no box goes beyond 1, the first is {dataset['annotations'][0]['bbox']}, expected pixels")
+    _unique_names(dataset, notes)
+    for number, annotation in enumerate(dataset["annotations"], start=1):
+        annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
+        if annotation["area"] is None:
+            annotation["area"] = mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
+    return notes
+
+
+# --- messages
+
+
+def _note(notes, faults, what):
+    if faults:
+        annotation, why = faults[0]
+        notes.append(f"{len(faults)} {what}; the first is {_name(annotation)}: {why}")
+
+
+def _refuse(faults):
+    if faults:
+        annotation, why = faults[0]
+        raise DataError(f"{_name(annotation)}: {why}{_more(faults, 'annotations with faults')}; correct or remove it")
+
+
+def _name(annotation):
+    without = f"an annotation of image {annotation.get('image_id')!r} without id"
+    return f"annotation {annotation['id']}" if "id" in annotation else without
+
+
+def _more(faults, what):
+    return f" (and {len(faults) - 1} more {what})" if len(faults) > 1 else ""
+
+
+def _list(values):
+    return ", ".join(map(repr, islice(values, 10))) + (", ..." if len(values) > 10 else "")
+
+
+# --- ids, sizes, files
+
+
+def _integer(value):
+    """The integer that a JSON value means, 1 for 1, 1.0 and "1"; None where it means none."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,99})(\.0*)?\s*", value)):
+        return int(match[1])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _key(value, where):
+    """The form in which ids are compared: an integer or a text."""
+    number = _integer(value)
+    if number is None and not (value and isinstance(value, str)):
+        raise DataError(f"{where} {short(value)}, expected an integer or a text; correct the file")
+    return value if number is None else number
+
+
+def _unique_ids(dataset, table, fields, notes):
+    """Keep one of equal entries of a table and give each an integer id; returns {id as it is compared: id}."""
+    entries, copies = {}, []
+    for index, entry in enumerate(dataset[table]):
+        key = _key(entry.get("id"), f"entry {index} of {table!r} has id")
+        first = entries.setdefault(key, entry)
+        if first is not entry:
+            copies.append(key)
+            for field in fields:
+                if first.get(field) != entry.get(field):
+                    raise DataError(f"id {key!r} occurs twice in {table!r}, with {field} {short(first.get(field))} and"
+                                    f" {short(entry.get(field))}; make the ids unique")  # fmt: skip
+    if copies:
+        notes.append(f"{len(copies)} of the {table} come twice and are taken once; the first has id {copies[0]!r}")
+    dataset[table] = list(entries.values())
+    # pycocotools sorts ids by NumPy, which makes texts of numbers among texts and floats of large ones.
+    keep = all(type(key) is int and abs(key) < 2**53 for key in entries)
+    ids = {key: key if keep else number for number, key in enumerate(entries, start=1)}
+    for key, entry in entries.items():
+        entry["file_id"], entry["id"] = entry["id"], ids[key]
+    return ids
+
+
+def _refer(annotations, field, ids):
+    """Put the ids of `_unique_ids` into a field; returns the annotations and [(annotation without one, why)]."""
+    found, faults = [], []
+    values = [annotation.get(field) for annotation in annotations]
+    if set(map(type, values)) == {int} and all(ids.get(value) == value for value in set(values)):
+        return annotations, []
+    for annotation in annotations:
+        value = annotation.get(field)
+        number = ids.get(value if type(value) is int else _key(value, f"{_name(annotation)} has {field}"))
+        if number is None:
+            faults.append(
+                (annotation, f"unknown {field.replace('_', ' ')} {short(value)}, expected one of {_list(ids)}")
+            )
+        else:
+            annotation[field] = number
+            found.append(annotation)
+    return found, faults
+
+
+def _unique_names(dataset, notes):
+    """Drop categories without annotations that have the name of another, as Roboflow's placeholder 0 often has."""
+    used = {annotation["category_id"] for annotation in dataset["annotations"]}
+    names = {}
+    for category in sorted(dataset["categories"], key=lambda category: category["id"] in used):  # so that these stay
+        other = names.get(category["name"])
+        if other and other["id"] in used:
+            raise DataError(f"categories {other['file_id']!r} and {category['file_id']!r} both have the name"
+                            f" {category['name']!r}; rename one, or give their annotations one id")  # fmt: skip
+        names[category["name"]] = category
+    dropped = [category for category in dataset["categories"] if names[category["name"]] is not category]
+    if dropped:
+        notes.append(f"{len(dropped)} categories without annotations, of the same name as another, left out; the first"
+                     f" is category {dropped[0]['file_id']!r}: {dropped[0]['name']!r}")  # fmt: skip
+        dataset["categories"] = list(names.values())
+
+
+def _find_files(images, image_dir, notes):
+    """Set file_name to where the image is in the folder, height and width to integers, from the file where unknown."""
+    try:
+        present = set(os.listdir(image_dir))  # one listing instead of a system call per image
+    except OSError as error:
+        raise DataError(f"{image_dir} is not a readable image folder ({error.strerror}); check the path") from None
+    missing, again, files = [], [], {}
+    for image in images:
+        given = image.get("file_name") or image.get("coco_url")
+        if not isinstance(given, str):
+            raise DataError(
+                f"image {image['file_id']!r} has file_name {short(given)}, expected the name of an image file"
+            )
+        name = given
+        if name not in present:  # a path, perhaps of another machine: as much of its end as is here
+            parts = given.replace("\\", "/").split("/")
+            ends = [given] + ["/".join(parts[i:]) for i in range(len(parts))]
+            name = next((end for end in ends if os.path.isfile(os.path.join(image_dir, end))), None)
+        if name is None:
+            missing.append(given)
+            continue
+        image["file_name"] = name
+        size = [_pixels(image, field) for field in ("height", "width")]
+        image["height"], image["width"] = image_size(os.path.join(image_dir, name), size) if None in size else size
+        if files.get(name, given) != given:
+            raise DataError(f"images {files[name]!r} and {given!r} would both be {name!r} in {image_dir}; give the"
+                            " folder that has them all")  # fmt: skip
+        again += [name] if name in files else []
+        files[name] = given
+    if missing:
+        count = f"{len(missing)} of {len(images)} images"
+        raise DataError(f"{count} are not in {image_dir}, the first is {short(missing[0])}; check the image folder")
+    if again:
+        notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
+
+
+def _pixels(image, field):
+    """Height or width as an integer; None where it is missing or -1."""
+    value = image.get(field)
+    number = -1 if value is None else _integer(value)
+    if number == -1:
         return None
-
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
-        return f"RLE of size {segmentation.get('size')}, but its image is {[height, width]} (height, width)"
-    try:
-        runs = np.array(array("q", counts)) if isinstance(counts, list) else _runs(counts)
-    except (TypeError, ValueError, OverflowError):
-        return "RLE with malformed counts"
-    if (runs < 0).any() or runs.sum() != height * width:
-        return f"RLE whose counts do not add up to the {height * width} pixels of its image"
-    if isinstance(counts, list):
-        annotation["segmentation"] = mask_utils.frPyObjects(segmentation, height, width)
-    return None
+    if number is None or not 0 < number < 2**31:
+        raise DataError(f"image {image['file_id']!r} has {field} {short(value)}, expected a positive integer")
+    return number
 
 
-def _runs(counts):
-    """Run lengths (int64 array) of compressed RLE counts (str or bytes); ValueError or TypeError if malformed.
+def _check_numbers(annotations):
+    """Bring iscrowd and area into one form, an area that is not there to None; returns [(annotation, why not)]."""
+    faults = []
+    for annotation in annotations:
+        try:
+            annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
+        except (KeyError, TypeError):
+            flags = f"iscrowd {short(annotation.get('iscrowd'))}, ignore {short(annotation.get('ignore'))}"
+            faults.append((annotation, f"{flags}, expected 0 or 1"))
+        area = annotation.get("area")
+        if area is not None and type(area) not in (int, float):
+            faults.append((annotation, f"area {short(area)}, expected a number of pixels"))
+        elif area is None or not 0 < area < math.inf:
+            annotation["area"] = None
+    return faults
 
-    pycocotools reads past the end of a malformed string, so it must not see one. The format: base 32, five bits to a
-    character from "0" on, the least significant first, bit 5 = more follow, bit 4 of the last = negative; from the
-    fourth run on the number is the difference to the run two before.
+
+def encode_masks(masks):
+    """Compressed RLE of masks (n, H, W) bool, on any device: a list of {"size": [H, W], "counts": str}.
+
+    The same as pycocotools' `encode`, which wants all masks turned into its column-major order first, three quarters of
+    its time: here only the places where a column changes are.
     """
-    counts = counts.encode("ascii") if isinstance(counts, str) else counts
-    if not re.fullmatch(rb"(?:[P-o]{0,6}[0-O])+", counts):
-        raise ValueError("not an RLE string")
-    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(digits < 32)  # of every number
-    first = np.concatenate([[0], last[:-1] + 1])
-    place = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
-    runs = np.add.reduceat((digits & 31) << place, first)
-    runs -= np.where(digits[last] & 16, 32 << place[last], 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
+    rles = []
+    height, width = masks.shape[1:]
+    for mask in masks.cpu().numpy():
+        changes = np.empty_like(mask)  # a pixel differs from the one before it, down the columns
+        np.not_equal(mask[1:], mask[:-1], out=changes[1:])
+        changes[0, 1:] = mask[0, 1:] != mask[-1, :-1]
+        changes[0, 0] = mask[0, 0]
+        rows, columns = np.divmod(np.flatnonzero(changes), width)
+        runs = np.diff(np.sort(columns * height + rows), prepend=0, append=height * width)
+        rle = mask_utils.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+        rles.append({"size": [height, width], "counts": rle["counts"].decode()})
+    return rles
 
 
-BDD100K_CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # category 1...8
+def coco_results(detections, image_id, category_ids):
+    """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries.
+
+    detections: its masks may be RLE already, from `encode_masks`. category_ids: category id of every label.
+    Raises InputError where a score or a box is NaN or infinite.
+    """
+    scores, boxes = detections["scores"].tolist(), box_convert(detections["boxes"], "xyxy", "xywh").tolist()
+    if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+        raise InputError(
+            f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is damaged or its "
+            "training diverged; give another one"
+        )
+    labels, masks = detections["labels"].tolist(), detections["masks"]
+    masks = masks if isinstance(masks, list) else encode_masks(masks)
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
+        for score, label, box, rle in zip(scores, labels, boxes, masks, strict=True)
+    ]

@@ -12,7 +12,7 @@ from statistics import mode
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed
+from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed, shortened
 from bdd100k import BDD100K_CLASSES
 from checkpoint import read_checkpoint, save_checkpoint
 from config import PRESETS, Config, InputError
@@ -74,7 +74,7 @@ IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*\.(num_batches_track
 
 
 class ConversionError(InputError):
-    """A checkpoint that cannot be converted; the message lists the entries, one a line."""
+    """A checkpoint that cannot be converted; the message lists entries, one a line."""
 
 
 def copies(config):
@@ -146,8 +146,8 @@ def read_config(released):
 def convert_state_dict(released):
     """{released name: tensor or array} -> our state dict {name: tensor}.
 
-    Raises ConversionError, listing all of them, for entries that are missing, unknown or misshapen for the architecture
-    that most of the entries have, and for modules saved twice with different values.
+    Raises ConversionError, listing ten of each kind at most, for entries that are missing, unknown or misshapen for the
+    architecture that most of the entries have, and for modules saved twice with different values.
     """
     released = {name: torch.as_tensor(value) for name, value in released.items() if not IGNORED.match(name)}
     names, shapes = released_names(read_config(released))
@@ -161,7 +161,7 @@ def convert_state_dict(released):
                 problems.append(f"contradictory: {name} should equal {first[ours]}")
     if problems:
         some = f"{len(problems)} entries do" if len(problems) > 1 else "1 entry does"
-        raise ConversionError(f"{some} not fit a released checkpoint:\n  " + "\n  ".join(problems))
+        raise ConversionError(f"{some} not fit a released checkpoint:\n  " + "\n  ".join(shortened(problems)))
     return {ours: released[name] for ours, name in first.items()}
 
 
@@ -174,7 +174,7 @@ def released_state_dict(state, config):
         raise ConversionError(f"the released code has no model with selections {config.selections}")
     names, shapes = released_names(config)
     if problems := mismatches(state, shapes):
-        raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(problems))
+        raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(shortened(problems)))
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
     known = read_config(released)

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import math
+import mmap
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,9 +13,8 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
 from coco import read_annotations
@@ -24,8 +26,10 @@ class CocoInstances(Dataset):
 
     annotation_file, image_dir: paths, as `read` takes them. All annotations are checked here; DataError says what is
     wrong with them.
-    transform: `train_transform(...)` or `eval_transform(...)`.
-    training: keep only the images with at least one usable instance (not a crowd); otherwise all.
+    training: items have instances, and images without a usable one (not a crowd) are left out unless `keep_empty`;
+    otherwise all images, without instances.
+    test_size: (shorter, longer) of `resize_shorter`, for the images of evaluation.
+    augmentation: of training, (size, (lowest scale, highest)), see `draw_augmentation`; None: images as in evaluation.
     read: `read_annotations` for a file in COCO format, `read_bdd100k` for BDD100K's bitmasks.
 
     classes       names of the classes, ordered by category id
@@ -34,10 +38,13 @@ class CocoInstances(Dataset):
     coco          pycocotools.coco.COCO of all annotations, crowds included, for the evaluation
     """
 
-    def __init__(self, annotation_file, image_dir, transform, training, read=read_annotations):
+    def __init__(
+        self, annotation_file, image_dir, training, test_size=(800, 1333), augmentation=None, keep_empty=False,
+        read=read_annotations,
+    ):  # fmt: skip
         dataset = read(annotation_file, image_dir)
         self.image_dir = Path(image_dir)
-        self.transform = transform
+        self.training, self.test_size, self.augmentation = training, test_size, augmentation
         categories = sorted(dataset["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -50,184 +57,235 @@ class CocoInstances(Dataset):
         for annotation in dataset["annotations"]:
             if not annotation["iscrowd"]:
                 self.instances[annotation["image_id"]].append(annotation)
-        self.image_ids = [i for i, instances in self.instances.items() if instances or not training]
-        if not self.image_ids:
+        if training and not any(self.instances.values()):
             raise DataError(f"{annotation_file}: no image has an instance to train on (only crowds); give another file")
+        self.image_ids = [i for i, some in self.instances.items() if some or keep_empty or not training]
 
     def __len__(self):
         return len(self.image_ids)
 
     def __getitem__(self, index):
-        """Image (3, H, W) float32 RGB in [0, 1] and its target; crowds and instances without a pixel are left out.
+        """Image (3, H, W) float32 RGB in [0, 1] and its target.
 
-        image_id int; labels (n,) int64; boxes (n, 4) float32, absolute xyxy of the transformed image, tight around the
-        masks' pixel edges; masks (n, H, W) bool; original_size (H, W) of the image as stored in the file: EXIF
-        orientation is not applied, because COCO annotations refer to the stored pixels.
+        image_id; original_size (H, W) of the image that the annotations describe. In training also the instances that
+        are visible: labels (n,) int64; boxes (n, 4) float32, xyxy in pixels; masks (n, H, W) bool.
         """
-        image_id = self.image_ids[index]
-        entry = self.coco.imgs[image_id]
-        height, width = entry["height"], entry["width"]
-        path = self.image_dir / entry["file_name"]
-        image = read_image(path)
-        if image.shape[1:] != (height, width):
-            raise DataError(
-                f"{path}: the image is {image.shape[2]}x{image.shape[1]}, its annotation file says {width}x{height};"
-                " correct the file or the annotations"
-            )
-        instances = self.instances[image_id]
-        target = {
-            "image_id": image_id,
-            "labels": torch.tensor([self.labels[a["category_id"]] for a in instances], dtype=torch.int64),
-            "masks": tv_tensors.Mask(decode_masks([a["segmentation"] for a in instances], height, width)),
-            "original_size": (height, width),
-        }
-        return self.transform(tv_tensors.Image(image), target)
+        image, entry, annotations = self._read(index)
+        instances = {}
+        if self.training and self.augmentation:
+            size, scale = self.augmentation
+            placement = draw_augmentation(image.shape[1:], size, scale)
+            image, *placed = augment(image, [a["segmentation"] for a in annotations], *placement, size)
+            instances = self._instances(annotations, *placed)
+        elif self.training:
+            image, instances = self.ground_truth(index)
+        else:
+            image = resize_shorter(image, *self.test_size)
+        target = {"image_id": entry["id"], "original_size": (entry["height"], entry["width"])}
+        return F.to_dtype(image, torch.float32, scale=True), target | instances
+
+    def ground_truth(self, index):
+        """Item `index` as the evaluation sees it, with its instances: to draw, and to train without augmentation.
+
+        Image (3, H, W) uint8 RGB; labels (n,) int64, boxes (n, 4) float32, xyxy in pixels, masks (n, H, W) bool.
+        """
+        image, _, annotations = self._read(index)
+        resized = resize_shorter(image, *self.test_size)
+        size = resized.shape[1:]
+        segmentations = [a["segmentation"] for a in annotations]
+        placed = place_instances(segmentations, image.shape[1:], False, size, (0, 0), size)
+        return resized, self._instances(annotations, *placed)
+
+    def _read(self, index):
+        """Image (3, H, W) uint8, its entry and the usable annotations."""
+        entry = self.coco.imgs[self.image_ids[index]]
+        image = read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
+        return image, entry, self.instances[entry["id"]]
+
+    def _instances(self, annotations, boxes, masks, kept):
+        labels = torch.tensor([self.labels[annotations[i]["category_id"]] for i in kept], dtype=torch.int64)
+        return {"labels": labels, "boxes": boxes, "masks": masks}
 
 
-def decode_masks(segmentations, height, width):
-    """Masks (n, height, width) bool of COCO segmentations: lists of polygons, uncompressed or compressed RLE."""
-    if not segmentations:
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    rles = []
-    for segmentation in segmentations:
-        if isinstance(segmentation, list):
-            segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            segmentation = mask_utils.frPyObjects(segmentation, height, width)
-        rles.append(segmentation)
-    return torch.from_numpy(mask_utils.decode(rles)).permute(2, 0, 1).contiguous().view(torch.bool)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Transforms: (image, target) -> (image, target), image and masks uint8 and bool until the end
-
-
-def train_transform(size, scale_range=(0.1, 2.0)):
-    """Training augmentation: horizontal flip with probability 1/2, large-scale jitter, size x size out.
-
-    Input: (3, H, W) uint8 image and a target with labels (n,) and masks (n, H, W), a tv_tensors.Mask. Output: float32
-    image in [0, 1], target with the instances that are still visible, boxes added. See `LargeScaleJitter`.
-    """
-    return v2.Compose([v2.RandomHorizontalFlip(0.5), LargeScaleJitter(size, scale_range), finish])
+def resize_shorter(image, shorter=800, longer=1333):
+    """The image (3, H, W) with its shorter side `shorter` long, or less where the longer one would exceed `longer`."""
+    height, width = image.shape[1:]
+    scale = min(shorter / min(height, width), longer / max(height, width))
+    return F.resize(image, [max(1, round(pixels * scale)) for pixels in (height, width)], antialias=True)
 
 
 def eval_transform(shorter=800, longer=1333):
-    """Test-time transform: the shorter side resized to `shorter`, or less where the longer one would exceed `longer`.
+    """The test-time transform of an image alone: (3, H, W) uint8 -> float32 in [0, 1], see `resize_shorter`."""
+    return lambda image: F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
 
-    Input and output as for `train_transform`; also takes an image alone.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation: large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3) as the released code does it
+
+
+def draw_augmentation(image_size, size, scale):
+    """Random arguments (flip, resized, offset) of `augment` for an image of (H, W) pixels.
+
+    Flipped with probability 1/2; resized to fit size x size times a factor uniform in `scale`, a (lowest, highest)
+    pair; cropped at one random place for both directions, so that crops lie on the diagonal.
     """
-    return v2.Compose([ResizeShorter(shorter, longer), finish])
+    flip, factor, place = torch.rand(3, dtype=torch.float64).tolist()
+    target = size * (scale[0] + (scale[1] - scale[0]) * factor)
+    ratio = min(target / pixels for pixels in image_size)
+    resized = tuple(max(1, round(pixels * ratio)) for pixels in image_size)
+    return flip < 0.5, resized, tuple(round(max(pixels - size, 0) * place) for pixels in resized)
 
 
-class LargeScaleJitter(v2.Transform):
-    """Scale the image to fit size x size times a random factor, crop size x size at random, pad with grey (128/255).
+def augment(image, segmentations, flip, resized, offset, size):
+    """Flip, resize and crop an image with its instances; pad it with grey (128) at the bottom and right.
 
-    The padding is at the bottom and right. The window to crop is chosen in the unscaled image, in whole pixels, and
-    only it is resized: the same distribution but for the rounding, at a fraction of the work.
+    image: (3, H, W) uint8. segmentations: one per instance as pycocotools takes them: a list of polygons
+    [x0, y0, x1, y1, ...] in pixels, or RLE, compressed or not. flip: whether left and right change places. resized:
+    (h, w) of the whole image; offset: (y, x) of the crop in it; size: of the crop, height and width.
+
+    Returns the image (3, size, size) uint8 and `place_instances`' boxes, masks and kept.
     """
-
-    def __init__(self, size, scale_range):
-        super().__init__()
-        self.size, self.scale_range = size, scale_range
-
-    def make_params(self, flat_inputs):
-        image_size = v2.query_size(flat_inputs)
-        scale = self.size / max(image_size) * torch.empty(1).uniform_(*self.scale_range).item()
-        start, window, out = [], [], []  # (y, x) each: first pixel and pixels of the window, pixels it becomes
-        for pixels in image_size:
-            scaled = max(1, round(pixels * scale))
-            window.append(pixels if scaled <= self.size else min(pixels, max(1, round(self.size / scale))))
-            out.append(min(scaled, self.size))
-            start.append(torch.randint(pixels - window[-1] + 1, ()).item())
-        return {"start": start, "window": window, "out": out}
-
-    def transform(self, inpt, params):
-        (top, left), (height, width) = params["start"], params["window"]
-        out = resize(F.crop(inpt, top, left, height, width), params["out"])
-        bottom, right = (self.size - pixels for pixels in params["out"])
-        return F.pad(out, [0, 0, right, bottom], fill=0 if isinstance(inpt, tv_tensors.Mask) else 128)
+    pixels = F.resize(image, list(resized), antialias=True).numpy()
+    pixels = pixels[:, :, ::-1] if flip else pixels
+    pixels = pixels[:, offset[0] : offset[0] + size, offset[1] : offset[1] + size]
+    canvas = np.full((3, size, size), 128, np.uint8)
+    canvas[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    placed = place_instances(segmentations, image.shape[1:], flip, resized, offset, (size, size))
+    return torch.from_numpy(canvas), *placed
 
 
-class ResizeShorter(v2.Transform):
-    """Resize so that the shorter side has `shorter` pixels, but the longer one at most `longer`; the ratio is kept."""
+def place_instances(segmentations, image_size, flip, resized, offset, window):
+    """Boxes and masks of the instances in a window (h, w) of the flipped and resized image; arguments as for `augment`.
 
-    def __init__(self, shorter, longer):
-        super().__init__()
-        self.shorter, self.longer = shorter, longer
-
-    def make_params(self, flat_inputs):
-        image_size = v2.query_size(flat_inputs)
-        scale = min(self.shorter / min(image_size), self.longer / max(image_size))
-        return {"size": [max(1, round(pixels * scale)) for pixels in image_size]}
-
-    def transform(self, inpt, params):
-        return resize(inpt, params["size"])
-
-
-def resize(inpt, size):
-    """Resize an image (bilinear, antialiased) or masks (nearest) to (height, width), pixel centre on pixel centre.
-
-    torchvision's own nearest mode for masks takes the upper left corner: up to half a pixel off the image.
+    boxes (n, 4) float32: xyxy in the window's pixels, the bounds of the polygons clipped to it, or of an RLE's visible
+    pixels, not rounded to whole pixels; masks (n, *window) bool; kept (n,) int64: indices of the segmentations that are
+    there. Those whose box has no extent are left out; those whose mask has no pixel are not.
     """
-    if not isinstance(inpt, tv_tensors.Mask):
-        return F.resize(inpt, size, antialias=True)
-    rows, columns = (
-        ((np.arange(new) + 0.5) * (old / new)).astype(np.int64) for new, old in zip(size, inpt.shape[1:], strict=True)
-    )
-    # NumPy's take needs a fifth of the time of torch's indexing on the CPU, most of the time of loading otherwise.
-    masks = inpt.as_subclass(torch.Tensor).numpy().take(columns, 2).take(rows, 1)
-    return tv_tensors.Mask(torch.from_numpy(masks))
+    image_size, resized, offset, window = (np.array(pair[::-1]) for pair in (image_size, resized, offset, window))
+    boxes, patches, kept = [], [], []
+    for index, segmentation in enumerate(segmentations):
+        place = _place_rle if isinstance(segmentation, dict) else _place_polygons
+        box, *patch = place(segmentation, image_size, flip, resized, offset, window)
+        if (box[1] - box[0] > 1e-5).all():
+            boxes.append(box)
+            patches.append(patch)
+            kept.append(index)
+    masks = _zeros(len(kept), *window[::-1].tolist())
+    for mask, ((left, top), rle) in zip(masks.numpy(), patches, strict=True):
+        height, width = rle["size"]
+        mask[top : top + height, left : left + width] = mask_utils.decode(rle)
+    boxes = torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4))
+    return boxes, masks, torch.tensor(kept, dtype=torch.int64)
 
 
-def finish(image, target=None):
-    """Last step: the image to float32 in [0, 1], boxes from masks, instances without a pixel dropped."""
-    image = F.to_dtype(image, torch.float32, scale=True)
-    if target is None:
-        return image
-    masks = target["masks"].as_subclass(torch.Tensor)
-    boxes = mask_boxes(masks)
-    keep = boxes[:, 2] > 0
-    return image, target | {"labels": target["labels"][keep], "boxes": boxes[keep], "masks": masks[keep]}
+def _zeros(*shape):
+    """False (*shape) bool in memory that is taken page by page, as pixels are set; in a loader process, shared memory.
+
+    Otherwise that process would copy the masks to shared memory, empty pages too, before it hands them over.
+    """
+    size = max(1, math.prod(shape))
+    if get_worker_info():
+        return torch.empty(0, dtype=torch.bool).set_(torch.UntypedStorage._new_shared(size), 0, shape)
+    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), bool, math.prod(shape)).reshape(shape))
 
 
-def mask_boxes(masks):
-    """Tight xyxy boxes (n, 4) float32 of masks (n, H, W) bool: pixel edges, so x1 = last column + 1; empty: zeros."""
-    sides = []
-    pixels = masks.view(torch.uint8)  # amax of bytes is twenty times as fast as any()
-    for occupied in (pixels.amax(1), pixels.amax(2)):  # (n, W), (n, H)
-        position = torch.arange(1, occupied.shape[1] + 1)
-        end = (occupied * position).amax(1)
-        start = occupied.shape[1] - (occupied * position.flip(0)).amax(1)
-        sides.append((torch.minimum(start, end), end))
-    (x0, x1), (y0, y1) = sides
-    return torch.stack([x0, y0, x1, y1], dim=1).float()
+def _place_polygons(polygons, image_size, flip, resized, offset, window):
+    """One instance's box [(x0, y0), (x1, y1)] float64, and a patch of its mask: the first pixel (x, y) and an RLE.
+
+    All pairs are (x, y). The patch has the pixels that the box touches, since pixels of the whole window take long.
+    """
+    placed = []
+    for polygon in polygons:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        if flip:
+            points[:, 0] = image_size[0] - points[:, 0]
+        points = clip_polygon(points * (resized / image_size) - offset, window)
+        if len(points) > 2:
+            placed.append(points)
+    placed = placed or [np.zeros((3, 2))]  # without extent
+    points = np.concatenate(placed)
+    box = np.stack([points.min(0), points.max(0)])
+    first, (width, height) = _pixels(box, window)
+    # pycocotools rounds to fifths of a pixel; when that is done before the shift, the shift changes no pixel.
+    shifted = [(np.floor(5 * points + 0.5) / 5 - first).ravel() for points in placed]
+    return box, first, mask_utils.merge(mask_utils.frPyObjects(shifted, height, width))
+
+
+def clip_polygon(points, window):
+    """The part of a polygon (n, 2) float64 within 0 <= x <= window[0] and 0 <= y <= window[1], (0, 2) if there is none.
+
+    Sutherland and Hodgman, "Reentrant polygon clipping" (1974): one side is cut after the other. The parts of a concave
+    polygon remain joined by edges on the sides, which enclose nothing.
+    """
+    for axis, bound, sign in ((0, 0, 1), (0, window[0], -1), (1, 0, 1), (1, window[1], -1)):
+        depth = sign * (points[:, axis] - bound)  # of each corner inside the side
+        inside = depth >= 0
+        if inside.all():
+            continue
+        if not inside.any():
+            return points[:0]
+        cut = inside != np.roll(inside, -1)  # the edges that cross the side
+        share = np.divide(depth, depth - np.roll(depth, -1), where=cut, out=np.zeros_like(depth))
+        crossings = points + share[:, None] * (np.roll(points, -1, axis=0) - points)
+        crossings[:, axis] = bound
+        points = np.stack([points, crossings], axis=1)[np.stack([inside, cut], axis=1)]
+    return points
+
+
+def _place_rle(rle, image_size, flip, resized, offset, window):
+    """As `_place_polygons`. The box is that of the pixels in sight, as squares; the mask takes the nearest pixel."""
+    (width, height), ratio = image_size, resized / image_size
+    if isinstance(rle["counts"], list):
+        rle = mask_utils.frPyObjects(rle, height, width)
+    window = np.minimum(window, resized - offset)  # without the padding
+    low, high = np.floor(offset / ratio), np.minimum(np.ceil((offset + window) / ratio), image_size)
+    left = width - high[0] if flip else low[0]
+    in_sight = mask_utils.frPyObjects(np.array([[left, low[1], *(high - low)]]), height, width)
+    x, y, w, h = mask_utils.toBbox(mask_utils.merge([rle, *in_sight], intersect=True))
+    x = width - x - w if flip else x
+    box = (np.array([(x, y), (x + w, y + h)]) * ratio - offset).clip(0, window)
+    if not w:
+        return box, None, None
+    first, pixels = _pixels(box, window)
+    columns, rows = (((np.arange(n) + 0.5 + first[i] + offset[i]) / ratio[i]).astype(int) for i, n in enumerate(pixels))
+    columns = width - 1 - columns if flip else columns
+    return box, first, mask_utils.encode(np.asfortranarray(mask_utils.decode(rle)[rows[:, None], columns]))
+
+
+def _pixels(box, window):
+    """The first (x, y) of the window's pixels that a box touches, and their numbers in x and y."""
+    first = np.minimum(np.floor(box[0]), window - 1).astype(int)
+    return first, np.minimum(np.floor(box[1]).astype(int) + 1, window) - first
 
 
 def collate(batch):
     """Batch of (image, target) -> (list of (3, H, W) images, list of targets as the model and the losses take them).
 
     The padded size is the largest height and width of the batch, rounded up to multiples of 32; the model pads the
-    images itself. Targets: image_id; labels (n,) int64; boxes (n, 4) float32 cxcywh in [0, 1] relative to the padded
-    size; masks (n, padded H, padded W) bool; size (H, W) of the transformed image; original_size (H, W) of the file's.
+    images itself. Targets: image_id; size (H, W) of the transformed image; original_size (H, W) of the file's; in
+    training also labels (n,) int64; boxes (n, 4) float32 cxcywh in [0, 1] relative to the padded size; masks
+    (n, padded H, padded W) bool.
     """
-    images = [image.as_subclass(torch.Tensor) for image, _ in batch]
+    images = [image for image, _ in batch]
     padded_height, padded_width = (math.ceil(max(image.shape[axis] for image in images) / 32) * 32 for axis in (1, 2))
     targets = []
-    for image, (_, target) in zip(images, batch, strict=True):
+    for image, target in batch:
         height, width = image.shape[1:]
-        boxes = F.convert_bounding_box_format(target["boxes"], old_format="xyxy", new_format="cxcywh")
-        padding = (0, padded_width - width, 0, padded_height - height)
-        targets.append(
-            {
-                "image_id": target["image_id"],
-                "labels": target["labels"],
-                "boxes": boxes / torch.tensor([padded_width, padded_height] * 2),
-                "masks": torch.nn.functional.pad(target["masks"], padding) if any(padding) else target["masks"],
-                "size": (height, width),
-                "original_size": target["original_size"],
-            }
-        )
+        target = target | {"size": (height, width)}
+        if "boxes" in target:
+            boxes = box_convert(target["boxes"], "xyxy", "cxcywh")
+            target["boxes"] = boxes / torch.tensor([padded_width, padded_height] * 2)
+            padding = (0, padded_width - width, 0, padded_height - height)
+            target["masks"] = torch.nn.functional.pad(target["masks"], padding) if any(padding) else target["masks"]
+        targets.append(target)
     return images, targets
+
+
+def to_device(batch, device):
+    """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
+    images, targets = batch
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,3 +332,21 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.dataset[index]
+
+
+def train_batches(dataset, batch_size, seed, start, rank, world, workers, pin_memory):
+    """Endless batches of `collate` for one of the `world` processes, as `TrainSampler` puts them together."""
+    sampler = TrainSampler(len(dataset), batch_size, seed, start, rank, world)
+    yield from DataLoader(
+        SeededDataset(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=quiet_worker,
+    )  # fmt: skip
+
+
+def quiet_worker(_):
+    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
+
+    Not by a signal, at which the main process would take them for broken.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -1,74 +1,85 @@
-"""Evaluates a checkpoint: COCO box and mask AP of the last layer or, with --per-layer, of every decoder layer."""
+"""Evaluates a checkpoint: COCO's box and mask AP, also per class and of every decoder layer, and results as a file."""
 
 import argparse
 import contextlib
 import io
 import json
-import sys
-from itertools import chain
+import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+from cli import (
+    add_data_arguments,
+    add_precision_argument,
+    autocast_dtype,
+    choose_device,
+    gather,
+    open_split,
+    positive,
+    run_program,
+)
+from coco import coco_results
 from config import InputError
-from data import collate, eval_transform
+from data import collate
+from drawing import save_classes, save_layers
 from model import postprocess
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six numbers of a COCO evaluation, in its order
+PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")
 
 
-def coco_results(detections, image_id, category_ids):
-    """Detections of one image (`postprocess`, on any device) as COCO results: a list of dictionaries."""
-    boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
-    masks = np.asfortranarray(detections["masks"].cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
-    results = []
-    for score, label, box, rle in zip(
-        detections["scores"].tolist(), detections["labels"].tolist(), boxes, mask_utils.encode(masks), strict=True
-    ):
-        rle["counts"] = rle["counts"].decode()
-        results.append(
-            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
-        )
-    return results
+def average_precision(coco, results, image_ids, max_detections=100):
+    """COCO's numbers of results (`coco_results`) in percent, None where there is no instance of the kind.
 
+    max_detections: how many results count per image and class, the best ones.
 
-def average_precision(coco, results, image_ids):
-    """{"box": {metric: percent}, "mask": {...}} by pycocotools; None where no instance has the metric's size."""
-    scores = {}
-    for name, kind in (("box", "bbox"), ("mask", "segm")):
-        if not results:
-            scores[name] = dict.fromkeys(METRICS, 0.0)
-            continue
+    Returns {"box": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}, "mask":
+    the same, "classes": [{"name", "box": AP, "mask": AP}, ...] ordered by category id}. AR100 is AR at max_detections:
+    with 300 it is named AR300, with 5 the three are AR1 and AR5. Equal to COCOeval.summarize(), which knows only 100.
+    """
+    limits = [limit for limit in (1, 10) if limit < max_detections] + [max_detections]
+    scores, per_class = {}, {}
+    for name, kind, key in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
+        # loadRes takes a mask's area from the box where there is one, and the box from the mask where there is none.
+        alone = [{k: result[k] for k in ("image_id", "category_id", "score", key)} for result in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            # loadRes computes the boxes from the masks where there are both, so that the boxes go alone.
-            drop = "segmentation" if kind == "bbox" else "bbox"
-            detected = coco.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
-            evaluation = COCOeval(coco, detected, kind)
+            evaluation = COCOeval(coco, coco.loadRes(alone) if alone else COCO(), kind)
             evaluation.params.imgIds = image_ids
+            evaluation.params.maxDets = limits
             evaluation.evaluate()
             evaluation.accumulate()
-            evaluation.summarize()
-        scores[name] = {
-            m: None if s < 0 else 100 * float(s) for m, s in zip(METRICS, evaluation.stats[:6], strict=True)
-        }
-    return scores
+        # (IoU .5, .55, ..., recall, class, area, limit) and (IoU, class, area, limit); areas: all, small, medium, large
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        best, most = precision[..., -1], recall[..., -1]
+        scores[name] = {"AP": mean(best[..., 0]), "AP50": mean(best[0, ..., 0]), "AP75": mean(best[5, ..., 0])}
+        scores[name] |= {f"AP{size}": mean(best[..., area]) for area, size in enumerate("sml", start=1)}
+        scores[name] |= {f"AR{limit}": mean(recall[:, :, 0, i]) for i, limit in enumerate(limits)}
+        scores[name] |= {f"AR{size}": mean(most[..., area]) for area, size in enumerate("sml", start=1)}
+        per_class[name] = [mean(best[:, :, k, 0]) for k in range(best.shape[2])]
+    names = [coco.cats[category_id]["name"] for category_id in evaluation.params.catIds]
+    classes = zip(names, per_class["box"], per_class["mask"], strict=True)
+    return scores | {"classes": [dict(zip(("name", "box", "mask"), entry, strict=True)) for entry in classes]}
+
+
+def mean(values):
+    """Mean of a part of COCOeval's arrays in percent; they hold -1 where there is no instance. None if all are."""
+    values = values[values > -1]
+    return 100 * float(values.mean()) if values.size else None
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
-    """Box and mask AP of a model on a data set made with training=False.
+def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
+           labels=None, stopping=lambda: False):  # fmt: skip
+    """COCO results of a model on a data set made with training=False, as text: less than half of dictionaries' memory.
 
-    Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers": [{"layer": 0, "box": {...},
-    "mask": {...}}, ...]: 0 is the decoder's input, the last is the last layer. Leaves the model in evaluation mode.
+    Arguments as of `evaluate`. Returns for every layer {image id: JSON of its list of results}; with several processes
+    of all images in the first and of none in the others; None where `stopping`. Raises InputError for NaN.
     """
     model.eval()
     # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
@@ -80,24 +91,62 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4):
     parallel = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
-    results = [[] for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
+    results = [{} for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
-        outputs = model([image.to(device) for image in images], all_layers=per_layer)
-        for layer, predictions in enumerate([*outputs.get("aux_outputs", []), outputs]):
-            sizes = [t["size"] for t in targets], [t["original_size"] for t in targets]
-            for target, detections in zip(targets, postprocess(predictions, *sizes), strict=True):
-                results[layer] += coco_results(detections, target["image_id"], dataset.category_ids)
-    everywhere = [None] * world
+        if stopping():
+            break
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            outputs = model([image.to(device) for image in images], all_layers=per_layer)
+        for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
+            for b, target in enumerate(targets):
+                one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image only
+                if autocast:  # a sum over a mask may exceed float16
+                    one = {name: value.float() for name, value in one.items()}
+                if labels:
+                    one["pred_logits"] = one["pred_logits"][..., labels]
+                [detections] = postprocess(one, [target["size"]], [target["original_size"]], max_detections)
+                image_results = coco_results(detections, target["image_id"], dataset.category_ids)
+                found[target["image_id"]] = json.dumps(image_results)
+    if any(gather(stopping())):
+        return None
     if parallel:
-        dist.gather_object(results, everywhere if rank == 0 else None)
-    else:
-        everywhere = [results]
-    if rank > 0:
-        return gather(None)[0]
-    results = [sorted(chain(*layer), key=lambda result: result["image_id"]) for layer in zip(*everywhere, strict=True)]
-    layers = [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
-    scores = layers[-1] | ({"layers": [{"layer": i} | s for i, s in enumerate(layers)]} if per_layer else {})
-    return gather(scores)[0]
+        for layer, found in enumerate(results):  # one at a time, as each is copied several times on its way
+            everywhere = None if rank else [None] * world
+            dist.gather_object(found, everywhere)
+            results[layer] = {} if rank else {key: text for part in everywhere for key, text in part.items()}
+    return [{image_id: found[image_id] for image_id in dataset.image_ids if image_id in found} for found in results]
+
+
+def score(dataset, results, max_detections=100, per_class=False):
+    """Numbers of what `detect` returned: `average_precision` of the last layer, "classes" on request.
+
+    Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...], from the decoder's input, 0, to
+    the last layer.
+    """
+    layers = []
+    for found in results:
+        listed = [result for text in found.values() for result in json.loads(text)]
+        layers.append(average_precision(dataset.coco, listed, dataset.image_ids, max_detections))
+    scores = layers[-1] if per_class else {kind: layers[-1][kind] for kind in ("box", "mask")}
+    if len(layers) > 1:
+        scores["layers"] = [{"layer": i, "box": s["box"], "mask": s["mask"]} for i, s in enumerate(layers)]
+    return scores
+
+
+def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
+             labels=None, stopping=lambda: False):  # fmt: skip
+    """Box and mask AP of a model on a data set made with training=False, the same in every process.
+
+    max_detections: the best so many detections of an image count. autocast: dtype of torch.autocast, None for none.
+    labels: the model's label of each of the data set's classes (`match_classes`), where they are not the same.
+    stopping: called before each batch; where it returns True in any process, all leave off and return None.
+
+    Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers", see `average_precision` and
+    `score`. Leaves the model in evaluation mode. Raises InputError for NaN in the predictions.
+    """
+    results = detect(model, dataset, device, workers, per_layer, batch_size, max_detections, autocast, labels,
+                     stopping)  # fmt: skip
+    return gather(score(dataset, results, max_detections) if results and results[0] else None)[0]
 
 
 def percent(value):
@@ -106,10 +155,15 @@ def percent(value):
 
 
 def print_scores(scores):
-    """Print the metrics and, where they are there, box AP, mask AP and their difference per layer."""
-    print("       " + "  ".join(f"{metric:>5}" for metric in METRICS))
+    """Print the metrics and, where they are there, AP per class, and box AP, mask AP and their difference per layer."""
+    print("       " + "  ".join(f"{metric:>5}" for metric in scores["box"]))
     for kind in ("box", "mask"):
-        print(f"{kind:5}  " + "  ".join(percent(scores[kind][metric]) for metric in METRICS))
+        print(f"{kind:5}  " + "  ".join(percent(value) for value in scores[kind].values()))
+    if "classes" in scores:
+        width = max(5, *(len(entry["name"]) for entry in scores["classes"]))
+        print(f"\n{'class':{width}}  box AP  mask AP")
+        for entry in scores["classes"]:
+            print(f"{entry['name']:{width}}   {percent(entry['box'])}    {percent(entry['mask'])}")
     if "layers" in scores:
         print("\nlayer      box AP  mask AP  box - mask")
         for entry in scores["layers"]:
@@ -119,78 +173,134 @@ def print_scores(scores):
             print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
 
 
-def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
-    """Draw bars of box AP and mask AP side by side per layer, with box - mask above them, as Fig. 1 (c, d) does.
+def match_classes(path, trained, present):
+    """The label in a checkpoint of each of the data set's classes, by name; None where the classes are the same.
 
-    axes: of matplotlib; box, mask: AP per layer in percent, from layer 0 on; box_sd, mask_sd: lengths of error bars.
+    path: of the checkpoint, for the message. Raises InputError where the data set has a class that it lacks.
     """
-    layers = np.arange(len(box))
-    box, mask = (np.array(values, dtype=float) for values in (box, mask))  # None becomes NaN, which has no bar
-    error = {"capsize": 2, "ecolor": "black" if np.any(box_sd) else "none"}
-    axes.bar(layers - 0.2, box, 0.38, yerr=box_sd, label="box AP", color="tab:orange", **error)
-    axes.bar(layers + 0.2, mask, 0.38, yerr=mask_sd, label="mask AP", color="tab:blue", **error)
-    for layer, top, gap in zip(layers, np.fmax(box + box_sd, mask + mask_sd), box - mask, strict=True):
-        if np.isfinite(gap):
-            axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(layers, ["input", *map(str, layers[1:])])
-    axes.set_xlabel("decoder layer")
-    axes.margins(y=0.15)
+    unknown = [name for name in present if name not in trained]
+    if unknown:
+        listed = [", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10) for names in (unknown, trained)]
+        raise InputError(
+            f"{path}: was trained for the classes {listed[1]}, but the data set also has {listed[0]}; give the data or "
+            "the checkpoint that fits, or rename the categories"
+        )
+    return None if trained == present else [trained.index(name) for name in present]
 
 
-def save_layers(scores, path):
-    """PNG of the bars of `draw_layers` for what `evaluate` with per_layer returns; a line on stderr without matplotlib.
+def new_file(path, beginning):
+    """Path of a JSON file to write, in a folder that exists then; nothing is written yet.
 
-    path: of the file to write.
+    beginning: of the files of its kind. Raises InputError where it cannot be written or would replace another file.
     """
+    path = Path(path)
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
-        return
-    figure = Figure(figsize=(1.5 + 0.8 * len(scores["layers"]), 3.5), layout="constrained")
-    axes = figure.subplots()
-    draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
-    axes.set_ylabel("AP (numbers: box - mask)")
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=150)
+        if path.suffix != ".json":
+            raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.open("rb").read(len(beginning)) not in (b"", beginning):
+            raise InputError(f"{path}: exists and is another kind of file; choose another name")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{path}: cannot be written (no permission); choose another name")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another name") from None
+    return path
+
+
+def write_file(path, parts):
+    """Write a text, given in parts, whole or not at all. Raises InputError where the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.writelines(parts)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
+
+
+def write_results(found, coco, path, masks_path):
+    """Write what `detect` returned of a layer: both to `path`, masks alone to `masks_path`; a line per image.
+
+    coco: the data set's; where its images and categories have a file_id, that is the annotation file's own id.
+    COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
+    only that: the first file gives the AP and AR of both, but APs, APm and APl of masks need the second.
+    """
+    own = lambda entry: entry.get("file_id", entry["id"])  # noqa: E731
+    for file, keys in ((path, ("bbox", "score", "segmentation")), (masks_path, ("score", "segmentation"))):
+        lines = []
+        for image_id, text in found.items():
+            ids = {"image_id": own(coco.imgs[image_id])}
+            listed = [ids | {"category_id": own(coco.cats[result["category_id"]])} | {key: result[key] for key in keys}
+                      for result in json.loads(text)]  # fmt: skip
+            lines += [json.dumps(listed)[1:-1]] if listed else []
+        write_file(file, ["[\n", ",\n".join(lines), "\n]\n"])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
+    add("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
+    add("--per-class", action="store_true", help="also box AP and mask AP of every class")
+    add("--max-detections", type=positive, default=100, metavar="N",
+        help="detections of an image that count, the best ones (default: 100, as published)")  # fmt: skip
+    add("--output", metavar="FILE.json",
+        help="also write the numbers to this JSON file, and bar charts of them: with --per-layer to FILE.png, with "
+        "--per-class to FILE.classes.png")  # fmt: skip
+    add("--results", metavar="FILE.json",
+        help="also write the detections, as COCO results with the image ids of the annotation file: boxes and masks to "
+        "FILE.json, masks alone to FILE.segm.json, which APs, APm and APl of masks need in COCO's tools; data without "
+        "annotations will do")  # fmt: skip
+    add("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add("--split", choices=["val", "test"], default="val",
+        help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
+    add_precision_argument(parser)
+    add_data_arguments(parser)
+    parser.set_defaults(test_json=None, test_images=None)
+    args = parser.parse_args()
+    if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or args.val_json):
+        raise InputError("--split test: is for --data coco with --data-root; for other files, --val-json names them")
+    if (args.train_json or args.train_images) and not (args.val_json or args.val_images or args.data_root):
+        raise InputError("--train-json, --train-images: eval.py takes the files of --val-json and --val-images")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
-    parser.add_argument("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
-    parser.add_argument(
-        "--output",
-        metavar="FILE.json",
-        help="also write the numbers to this JSON file, and with --per-layer a bar chart of them to FILE.png",
-    )
-    parser.add_argument("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
-    add_data_arguments(parser)
-    args = parser.parse_args()
-
+    args = parse_arguments()
     device = choose_device(args.device)
+    output = args.output and new_file(args.output, b'{\n "box"')
+    names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
+    results = [new_file(name, b"[\n") for name in names]
+    if output and output.resolve() in [path.resolve() for path in results]:
+        raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
-    dataset = open_split(args, "val", eval_transform(*model.config.test_size))
-    check_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
-    scores = evaluate(model, dataset, device, args.workers, args.per_layer, args.batch_size)
-    print_scores(scores)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(scores, indent=1) + "\n")
-        if args.per_layer:
-            save_layers(scores, Path(args.output).with_suffix(".png"))
+    autocast = autocast_dtype(args.precision, device)
+    if args.precision == "published":
+        model.use_published_precision()
+    dataset = open_split(args, args.split, model.config.test_size)
+    labels = match_classes(args.checkpoint, checkpoint["classes"], dataset.classes)
+    annotated = bool(dataset.coco.anns)
+    if not annotated and not results:
+        raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
 
-
-def check_classes(path, trained, present):
-    """Raise InputError unless the checkpoint's class names are those of the data set, in the same order."""
-    if len(trained) != len(present):
-        raise InputError(
-            f"{path}: was trained for {len(trained)} classes, the data set has {len(present)}; give the one it fits"
-        )
-    for a, b in zip(trained, present, strict=True):
-        if a != b:
-            raise InputError(f"{path}: was trained for class {a!r} where the data set has {b!r}; give the one it fits")
+    found = detect(model, dataset, device, args.workers, args.per_layer, args.batch_size, args.max_detections,
+                   autocast, labels)  # fmt: skip
+    if annotated:
+        scores = score(dataset, found, args.max_detections, args.per_class)
+        print_scores(scores)
+        if output:
+            write_file(output, [json.dumps(scores, indent=1), "\n"])
+            if args.per_layer:
+                save_layers(scores, output.with_suffix(".png"))
+            if args.per_class:
+                save_classes(scores, output.with_suffix(".classes.png"))
+    else:
+        print("the data has no annotations: there is nothing to compare the detections with, so no AP")
+    if results:
+        write_results(found[-1], dataset.coco, *results)
+        print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
 
 if __name__ == "__main__":

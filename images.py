@@ -1,11 +1,11 @@
-"""Image files read as tensors, and the error that all data modules raise."""
+"""Image files read as upright tensors, and the error that all data modules raise."""
 
 import struct
 import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 class DataError(ValueError):
@@ -16,27 +16,92 @@ class DataError(ValueError):
         return super().__str__().rstrip().split("\n")[-1].removeprefix(f"{__name__}.DataError: ")
 
 
+def short(value):
+    """A value for a message: what Python shows of it, at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 # What PIL's decoders raise on damaged files.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error,
                   Image.DecompressionBombError)  # fmt: skip
 
+Image.MAX_IMAGE_PIXELS = 500_000_000  # aerial and microscope images; PIL warns above and refuses twice as much
 
-def read_image(path, exif=False):
+ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                                 Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270,
+                                 Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), strict=True))  # fmt: skip
+INVERSE = {6: 8, 8: 6}  # the other orientations undo themselves
+
+
+def image_size(path, size=(None, None)):
+    """(H, W) of the image that `read_image(path, size)` returns, from the file's header; DataError as from it.
+
+    Numbers of `size` may be None: not known. (Of a PNG without orientation all is read then: the tag may come last.)
+    """
+    return _opened(path, size, load=False)[1]
+
+
+def read_image(path, size=None):
     """Read an image file of any mode as (3, H, W) uint8 RGB; DataError if it is missing, truncated or not an image.
 
-    16-bit greyscale is scaled from 0...65535 to 0...255, transparency is dropped (the stored colours stay). With `exif`
-    the orientation tag is applied, so that a photograph stands upright; without it the pixels are as stored.
+    The pixels are turned upright by the orientation tag, except where `size`, the (H, W) that the annotations were made
+    for, fits the stored pixels and not the upright ones: these stay as stored. DataError where it fits neither.
+    Of several pages the first is read. 16-bit greyscale is scaled from 0...65535 to 0...255, 32-bit float from 0...1;
+    DataError for values beyond these. Transparency is dropped (the stored colours stay).
     """
+    image = _opened(path, size or (None, None), load=True)[0]
+    top = {"I": 65535, "F": 1}.get(image.mode[:1])  # 16-bit files open as I;16, some as I
+    if top:  # PIL's own conversion would clip them
+        pixels = np.asarray(image, dtype=np.float32)
+        low, high = pixels.min(), pixels.max()
+        if not (low >= 0 and high <= top):  # NaN too
+            raise DataError(f"{path}: the values reach from {low:g} to {high:g}, expected 0...{top}; scale the image")
+        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _opened(path, size, load):
+    """The PIL image, with `load` decoded and turned as `read_image` says, and its (H, W)."""
     try:
-        with Image.open(path) as image:
-            if exif:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit files open as I;16, some as I; PIL's own conversion would clip them
-                pixels = np.clip(np.asarray(image, dtype=np.float32) / 257, 0, 255).round().astype(np.uint8)
-                image = Image.fromarray(pixels)
-            pixels = np.array(image.convert("RGB"))
+        with open(path, "rb") as file:  # by name, PIL garbles a TIFF file with an orientation
+            image = Image.open(file)
+            tiff = getattr(image, "tag_v2", None)
+            stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
+            if load and not tiff:
+                image.load()
+            matters = load or None in size or not fits(stored, size)
+            orientation = _orientation(image) if matters else 1
+            shown = stored[::-1] if orientation >= 5 else stored
+            as_stored = fits(stored, size) and not fits(shown, size)
+            if load:
+                image.load()
+                turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
+                if orientation > 1 and as_stored == turned:
+                    image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation) if turned else orientation])
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except DECODER_ERRORS as error:
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if not (as_stored or fits(shown, size)):
+        height, width = ("?" if pixels is None else pixels for pixels in size)
+        raise DataError(
+            f"{path}: the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height};"
+            " correct the file or the annotations"
+        )
+    return image, stored if as_stored else shown
+
+
+def _orientation(image):
+    """The orientation tag of an image, 1...8; 1 where there is none or its EXIF data cannot be read."""
+    try:
+        tag = image.getexif().get(ORIENTATION)
+    except (SyntaxError, struct.error):
+        return 1
+    return tag if tag in UPRIGHT else 1
+
+
+def fits(found, size):
+    """Whether (H, W) is `size`, where None stands for any number."""
+    return all(expected in (None, pixels) for pixels, expected in zip(found, size, strict=True))

@@ -8,34 +8,30 @@ from torchvision.ops import sigmoid_focal_loss
 
 from matcher import HungarianMatcher, full_precision, pairwise_giou, sample_masks, sample_points
 
+TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 
-def uncertain_points(logits, num_points, oversampling=3, share=0.75):
-    """Points where masks are least certain (PointRend): of `oversampling` times as many random points, those with the
-    smallest |logit| make up this `share` of the result; the rest is uniform.
 
-    logits (N, h, w). Returns (N, num_points, 2), (x, y) in [0, 1], dtype as logits.
+def mask_losses(logits, targets, index, num_points):
+    """Binary cross-entropy (mean over the points) and dice loss of N predictions: (2, N).
+
+    logits: list of (n, h, w), N in all; index (N,) int64, the instance of each among those of all targets. Of its
+    `num_points` points, 75 % are those of the smallest |logit| among three times as many random ones (PointRend), the
+    rest is uniform. The random points are drawn once: all predictions choose from the same.
     """
-    N, num_uncertain = len(logits), int(share * num_points)
-    points = torch.rand(N, oversampling * num_points, 2, dtype=logits.dtype, device=logits.device)
-    nearest = sample_points(logits, points).abs().topk(num_uncertain, dim=1, largest=False).indices
-    points = points.gather(1, nearest[..., None].expand(-1, -1, 2))
-    uniform = torch.rand(N, num_points - num_uncertain, 2, dtype=logits.dtype, device=logits.device)
-    return torch.cat([points, uniform], 1)
-
-
-def mask_losses(logits, masks, num_points):
-    """Binary cross-entropy (mean over the points) and dice loss, summed over N instances.
-
-    logits (N, h, w) and the target masks (N, H, W) bool, sampled at the same `num_points` points per instance.
-    """
+    num_random, num_uncertain = 3 * num_points, int(0.75 * num_points)
+    draws = num_random, num_points - num_uncertain
     with torch.no_grad():
-        points = uncertain_points(logits, num_points)
-        wanted = sample_masks(masks, points)
-    predicted = sample_points(logits, points)
-    bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1).sum()
+        points = torch.cat([torch.rand(1, n, 2, dtype=logits[0].dtype, device=index.device)[0] for n in draws])
+        distances = (sample_points(maps, points[None, :num_random]).abs_() for maps in logits)
+        uncertain = [x.topk(num_uncertain, dim=1, largest=False, sorted=False).indices for x in distances]
+        uniform = torch.arange(num_random, len(points), device=index.device).expand(len(index), -1)
+        chosen = torch.cat([torch.cat(uncertain), uniform], 1)
+        wanted = sample_masks([t["masks"] for t in targets], points)[index[:, None], chosen]
+    predicted = sample_points(torch.cat(logits), F.embedding(chosen, points))
+    bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
-    return bce, dice.sum()
+    return torch.stack([bce, dice])
 
 
 class SetCriterion(nn.Module):
@@ -50,79 +46,75 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.matcher = HungarianMatcher(config)
         self.num_points = config.loss_points
-        weights = {
-            "loss_ce": config.class_weight,
-            "loss_bbox": config.box_loss_scale * config.box_weight,
-            "loss_giou": config.box_loss_scale * config.giou_weight,
-            "loss_mask": config.mask_weight,
-            "loss_dice": config.dice_weight,
-        }
+        boxes = [config.box_loss_scale * weight for weight in (config.box_weight, config.giou_weight)]
+        weights = dict(zip(TERMS, (config.class_weight, *boxes, config.mask_weight, config.dice_weight), strict=True))
         layers = ["", *(f"_{i}" for i in range(config.decoder_layers))]
         suffixes = [*layers, *(f"_dn{layer}" for layer in layers), "_interm"]
         self.weights = {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
         for layer in range(config.interaction_layers * (len(config.selections) - 1)):
-            self.weights |= {f"{name}_di_{layer}": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
+            self.weights |= {f"{name}_di_{layer}": weights[name] for name in TERMS[:3]}
 
-    def losses(self, outputs, instances, pairs, num_instances):
-        """The terms of one set of predictions, divided by num_instances.
+    def losses(self, sets, targets, pairs, divisors):
+        """The terms of all sets {suffix: predictions}, those without masks first, each divided by its set's divisor.
 
-        instances: labels, boxes and masks of all images in one tensor each, and starts, the first of every image.
-        pairs: per image (queries, targets), int64.
+        pairs: per set and image (queries, targets), int64, on the CPU.
         """
-        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
-        image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
-        query = torch.cat([query for query, _ in pairs])
-        index = torch.cat([start + index for start, (_, index) in zip(instances["starts"], pairs, strict=True)])
-        *picked, index = torch.stack([image, query, index]).to(logits.device, non_blocking=True)
-        picked = tuple(picked)
-        labels, wanted = instances["labels"][index], instances["boxes"][index].to(boxes)
+        counts, sizes = [len(t["labels"]) for t in targets], [s["pred_logits"].shape[1] for s in sets.values()]
+        logits, boxes = (torch.cat([s[name] for s in sets.values()], 1) for name in ("pred_logits", "pred_boxes"))
+        logits, boxes = full_precision(logits), full_precision(boxes)
+        labels, wanted = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
+
+        # All pairs, numbered over all sets and images. The host has just waited for the costs: this copy waits no more.
+        lengths = torch.tensor([len(query) for query, _ in pairs])
+        number = torch.arange(len(pairs)).repeat_interleave(lengths)
+        image, lengths = number % len(counts), lengths.view(len(sets), -1).sum(1).tolist()
+        query, index = (torch.cat(x) for x in zip(*pairs, strict=True))
+        first_query, first_instance = (F.pad(torch.tensor(x).cumsum(0), (1, 0)) for x in (sizes, counts))
+        rows = torch.stack([image, query, query + first_query[number // len(counts)], index + first_instance[image]])
+        image, query, joined, index = rows.to(boxes.device, non_blocking=True)
 
         one_hot = torch.zeros_like(logits)
-        one_hot[(*picked, labels)] = 1
-        terms = {"loss_ce": sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")}
-        boxes = boxes[picked]
-        terms["loss_bbox"] = F.l1_loss(boxes, wanted, reduction="sum")
-        terms["loss_giou"] = (1 - pairwise_giou(boxes[:, None], wanted[:, None])).sum()
-        if "pred_masks" in outputs:
-            masks = full_precision(outputs["pred_masks"][picked]), instances["masks"][index]
-            terms["loss_mask"], terms["loss_dice"] = mask_losses(*masks, self.num_points)
-        return {name: term / num_instances for name, term in terms.items()}
+        one_hot[image, joined, labels[index]] = 1
+        class_losses = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2).sum((0, 2))  # of each query
+        boxes, wanted = boxes[image, joined], wanted[index].to(boxes)
+        l1, giou = (boxes - wanted).abs().sum(1), pairwise_giou(boxes[:, None], wanted[:, None])[:, 0, 0]
+        picked = zip(sets.values(), image.split(lengths), query.split(lengths), strict=True)
+        masks = [full_precision(s["pred_masks"][b, q]) for s, b, q in picked if "pred_masks" in s]
+        unmasked = len(index) - sum(map(len, masks))
+        bce, dice = F.pad(mask_losses(masks, targets, index[unmasked:], self.num_points), (unmasked, 0))
+
+        terms = {}
+        parts = class_losses.split(sizes), torch.stack([l1, 1 - giou, bce, dice]).split(lengths, 1)
+        for (suffix, s), ce, others, divisor in zip(sets.items(), *parts, divisors, strict=True):
+            sums = torch.cat([ce.sum(0, keepdim=True), others.sum(1)]) / divisor
+            names = TERMS if "pred_masks" in s else TERMS[:3]
+            terms |= {name + suffix: term for name, term in zip(names, sums.unbind(), strict=False)}
+        return terms
 
     def forward(self, outputs, targets, num_instances=None):
         """outputs: of the model in training mode. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh,
         masks (n, H, W) bool, at the padded size of the batch. Half-precision outputs are taken to float32.
 
         Returns the unweighted terms {name: scalar}, divided by `num_instances`, a float: as a default the instances in
-        these targets, averaged over the processes, at least 1.
+        these targets, averaged over the processes, at least 1. The host waits once, for the costs of all matchings.
         """
         counts = [len(t["labels"]) for t in targets]
-        instances = {name: torch.cat([t[name] for t in targets]) for name in ("labels", "boxes", "masks")}
-        instances["starts"] = [sum(counts[:b]) for b in range(len(counts))]
         if num_instances is None:
-            num_instances = outputs["pred_boxes"].new_tensor(sum(counts))
+            num_instances = torch.full((), sum(counts), dtype=torch.float64, device=outputs["pred_boxes"].device)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(num_instances)
                 num_instances = num_instances / dist.get_world_size()
             num_instances = num_instances.clamp(min=1)
 
-        sets = {"": outputs, "_interm": outputs["interm_outputs"]}
+        sets = {f"_di_{i}": layer for i, layer in enumerate(outputs.get("di_outputs", []))}
+        sets |= {"": outputs, "_interm": outputs["interm_outputs"]}
         sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
-        sets |= {f"_di_{i}": layer for i, layer in enumerate(outputs.get("di_outputs", []))}
-        terms = {}
-        for suffix, predictions in sets.items():
-            found = self.losses(predictions, instances, self.matcher(predictions, targets), num_instances)
-            terms |= {name + suffix: term for name, term in found.items()}
-
+        pairs, divisors = self.matcher(list(sets.values()), targets), [num_instances] * len(sets)
         if denoised := outputs.get("dn_outputs"):
+            layers = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
             groups = denoised["num_groups"]
-            n_max = denoised["pred_logits"].shape[1] // groups
-            pairs = []
-            for count in counts:  # query g * n_max + i is the i-th instance in group g
-                index = torch.arange(count)
-                queries = torch.arange(groups)[:, None] * n_max + index
-                pairs.append((queries.flatten(), index.repeat(groups)))
-            sets = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
-            for suffix, predictions in sets.items():
-                found = self.losses(predictions, instances, pairs, num_instances * groups)
-                terms |= {name + suffix: term for name, term in found.items()}
-        return terms
+            queries = torch.arange(denoised["pred_logits"].shape[1]).view(groups, -1)  # column i: of the i-th instance
+            pairs += [(queries[:, :n].flatten(), torch.arange(n).repeat(groups)) for n in counts] * len(layers)
+            divisors += [num_instances * groups] * len(layers)
+            sets |= layers
+        return self.losses(sets, targets, pairs, divisors)

@@ -14,26 +14,28 @@ def full_precision(x):
 
 
 def sample_points(maps, points):
-    """Bilinear samples of maps (N, H, W) at points (N, P, 2), (x, y) in [0, 1] -> (N, P); outside counts as zero."""
-    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+    """Bilinear samples of maps (N, H, W), zero outside, at points (N or 1, P, 2), (x, y) in [0, 1] -> (N, P)."""
+    grid = (2 * points[:, None] - 1).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps[:, None], grid, align_corners=False).flatten(1)
 
 
 def sample_masks(masks, points):
-    """`sample_points` of bool masks (N, H, W), in the dtype of the points, without a float copy of whole masks."""
-    H, W = masks.shape[1:]
-    flat = masks.flatten(1)
-    corner = points * points.new_tensor([W, H]) - 0.5  # in pixels, a pixel's centre on its index
-    first = corner.floor()
-    above = corner - first
-    first = first.long()
-    total = torch.zeros_like(points[..., 0])
-    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        x, y = first[..., 0] + dx, first[..., 1] + dy
-        weight = (above[..., 0] if dx else 1 - above[..., 0]) * (above[..., 1] if dy else 1 - above[..., 1])
-        inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-        value = flat.gather(1, y.clamp(0, H - 1) * W + x.clamp(0, W - 1))
-        total += weight * (value & inside)
-    return total
+    """`sample_points` of bool masks, a list of (n, H, W), at points (P, 2), without a float copy -> (all n, P)."""
+    H, W = masks[0].shape[1:]
+    x, y = points[:, 0] * W - 0.5, points[:, 1] * H - 0.5  # in pixels, a pixel's centre on its index
+    left, top = x.floor().long(), y.floor().long()
+    column, row = torch.stack([left, left + 1, left, left + 1]), torch.stack([top, top, top + 1, top + 1])
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+    pixel = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).flatten()
+    values = torch.cat([m.flatten(1).gather(1, pixel.expand(len(m), -1)) for m in masks])
+    return (values.unflatten(1, (4, -1)) * weight).sum(1)
+
+
+def area(sides):
+    """Width times height of (..., 2). (The backward pass of `prod` would read values back from a GPU.)"""
+    width, height = sides.unbind(-1)
+    return width * height
 
 
 def pairwise_giou(a, b):
@@ -41,32 +43,33 @@ def pairwise_giou(a, b):
 
     1e-6 is added to the union and to the enclosing area where they divide.
     """
-    a, b = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (a, b))
-    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
-    a, b = a[..., :, None, :], b[..., None, :, :]
-    intersection = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = area_a[..., :, None] + area_b[..., None, :] - intersection
-    enclosing = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    a, b = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (a[..., :, None, :], b[..., None, :, :]))
+    area_a, area_b = (area(x[..., 2:] - x[..., :2]) for x in (a, b))
+    intersection = area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
+    union = area_a + area_b - intersection
+    enclosing = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     return intersection / (union + 1e-6) - (enclosing - union) / (enclosing + 1e-6)
 
 
 def class_cost(logits, labels, alpha=0.25, gamma=2):
     """Focal cost of giving each query (B, Q, classes) each label (B, n) -> (B, Q, n)."""
-    p = logits.sigmoid().gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    p = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
-    return positive - negative
+    return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - negative
 
 
 def mask_costs(logits, masks):
     """Binary cross-entropy, averaged over the points, and dice cost of all pairs.
 
-    logits (B, Q, P) and target masks (B, n, P) in [0, 1], sampled at the same points. Returns two (B, Q, n).
+    logits: iterable of (B, Q', P), Q in all; masks (B, n, P) in [0, 1], both at the same points. Returns two (B, Q, n).
     """
-    bce = (F.softplus(-logits) @ masks.mT + F.softplus(logits) @ (1 - masks).mT) / logits.shape[-1]
-    p = logits.sigmoid()
-    dice = 1 - (2 * p @ masks.mT + 1) / (p.sum(-1)[..., :, None] + masks.sum(-1)[..., None, :] + 1)
-    return bce, dice
+    parts, n, P = [], *masks.shape[1:]
+    for x in logits:
+        p = x.sigmoid()
+        sums = F.softplus(x).sum(2, keepdim=True), p.sum(2, keepdim=True)
+        parts.append(torch.cat([*sums, x.bmm(masks.mT), p.bmm(masks.mT)], 2))
+    softplus, area, inside, overlap = torch.cat(parts, 1).split([1, 1, n, n], 2)
+    return (softplus - inside) / P, 1 - (2 * overlap + 1) / (area + masks.sum(2)[:, None] + 1)
 
 
 class HungarianMatcher(nn.Module):
@@ -78,36 +81,41 @@ class HungarianMatcher(nn.Module):
         self.cost_mask, self.cost_dice = config.mask_weight, config.dice_weight
         self.num_points = config.loss_points
 
+    @torch.no_grad()
     def cost(self, outputs, targets):
         """Costs (B, Q, n) of all pairs, n the largest number of targets of an image; arguments as in `forward`.
 
-        What stands behind an image's own targets has no meaning.
+        What stands behind an image's own targets has no meaning. Several sets follow one another along Q.
         """
-        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
+        sets = [outputs] if isinstance(outputs, dict) else outputs
+        logits, boxes = (
+            full_precision(torch.cat([s[name] for s in sets], 1)) for name in ("pred_logits", "pred_boxes")
+        )
         labels, wanted = (pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes"))
-        wanted = wanted.to(boxes)
-        cost = self.cost_class * class_cost(logits, labels)
-        cost = cost + self.cost_box * torch.cdist(boxes, wanted, p=1)
-        cost = cost - self.cost_giou * pairwise_giou(boxes, wanted)
-        if "pred_masks" in outputs and labels.shape[1]:
-            masks = full_precision(outputs["pred_masks"])
-            counts = [len(t["labels"]) for t in targets]
-            points = torch.rand(len(masks), self.num_points, 2, dtype=masks.dtype, device=masks.device)
-            predicted = F.grid_sample(masks, 2 * points[:, None] - 1, align_corners=False)[:, :, 0]  # (B, Q, P)
-            image = torch.repeat_interleave(torch.tensor(counts)).to(points.device, non_blocking=True)
-            sampled = sample_masks(torch.cat([t["masks"] for t in targets]), points[image])
-            bce, dice = mask_costs(predicted, pad_sequence(sampled.split(counts), batch_first=True))
-            cost = cost + self.cost_mask * bce + self.cost_dice * dice
+        cost = self.cost_class * class_cost(logits, labels) + self.cost_box * torch.cdist(boxes, wanted.to(boxes), p=1)
+        cost = cost - self.cost_giou * pairwise_giou(boxes, wanted.to(boxes))
+        masked = [s["pred_masks"] for s in sets if "pred_masks" in s]
+        if masked and labels.shape[1]:
+            points = torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device)
+            sampled = sample_masks([t["masks"] for t in targets], points[0]).split([len(t["labels"]) for t in targets])
+            sampled = pad_sequence(sampled, batch_first=True)
+            # Image by image: grid_sample with the queries as channels would read places far apart.
+            logits = (torch.stack([sample_points(full_precision(x), points) for x in maps]) for maps in masked)
+            bce, dice = mask_costs(logits, sampled)
+            cost[:, -bce.shape[1] :] += self.cost_mask * bce + self.cost_dice * dice
         return cost
 
     @torch.no_grad()
     def forward(self, outputs, targets):
         """outputs: pred_logits (B, Q, classes), pred_boxes (B, Q, 4) cxcywh, and pred_masks (B, Q, h, w) logits, which
-        may be absent. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh, masks (n, H, W) bool.
+        may be absent; or a list of such sets, those without masks first. targets: per image labels (n,) int64, boxes
+        (n, 4) normalised cxcywh, masks (n, H, W) bool. All masks are compared at the same random points.
 
-        Returns per image (queries, targets), two int64 tensors (min(Q, n),) on the CPU, sorted by query. The costs of
-        all images go to the host in one transfer.
+        Returns per (set and) image (queries, targets), two int64 tensors (min(Q, n),) on the CPU, sorted by query. All
+        costs go to the host in one transfer; those that are not finite count as very large.
         """
-        costs = self.cost(outputs, targets).cpu().numpy()
-        found = [linear_sum_assignment(c[:, : len(t["labels"])]) for c, t in zip(costs, targets, strict=True)]
+        sets = [outputs] if isinstance(outputs, dict) else outputs
+        sizes = [s["pred_logits"].shape[1] for s in sets]
+        costs = self.cost(sets, targets).nan_to_num(1e30, 1e30, 1e30).cpu().split(sizes, 1)
+        found = [linear_sum_assignment(c[b, :, : len(t["labels"])]) for c in costs for b, t in enumerate(targets)]
         return [tuple(torch.from_numpy(index) for index in pair) for pair in found]

@@ -1,5 +1,6 @@
 """DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: the model, and its detections."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,7 +15,7 @@ from torchvision.ops import box_convert
 from attention import full_precision
 from backbone import build_backbone
 from bato import BATO
-from config import PRESETS
+from config import PRESETS, InputError
 from decoder import Decoder, PredictionHeads
 from denoising import Denoising
 from di import DeImbalance, Queries
@@ -22,6 +23,7 @@ from encoder import Encoder
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+MASK_PIXELS = 2**24  # of masks that `postprocess` holds as floats at a time: 64 MB
 
 
 def build_model(preset="dimaskdino_r50", **overrides):
@@ -56,7 +58,7 @@ class DIMaskDINO(nn.Module):
     def forward(self, images, targets=None, all_layers=False):
         """Fig. 2, from images to predictions.
 
-        images      list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)
+        images      list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W); else ValueError
         targets     in training, for the denoising queries: per image {"labels": (n,) int64, "boxes": (n, 4) normalised
                     cxcywh relative to the padded batch}
         all_layers  in evaluation mode, compute the predictions of every layer as in training
@@ -107,6 +109,7 @@ class DIMaskDINO(nn.Module):
         """List of (3, H, W) RGB images in [0, 1], or a batch of them -> normalised (B, 3, H, W), zero-padded at the
         bottom and right to multiples of 32.
         """
+        check_images(images)
         like = self.encoder.level_embed  # for its dtype and device, where the constants are made: no copy to wait for
         mean, std = (torch.stack([like.new_full((1, 1), x) for x in values]) for values in (PIXEL_MEAN, PIXEL_STD))
         if torch.is_tensor(images):
@@ -123,38 +126,93 @@ def without_autocast(forward, *args):
         return forward(*tree_map_only(torch.Tensor, full_precision, args))
 
 
-def postprocess(outputs, image_sizes, output_sizes, topk=100):
+def check_images(images):
+    """Raise ValueError, with what is expected, for what `DIMaskDINO.forward` does not take as images.
+
+    The values are looked at on the CPU only: on a GPU that would make the program wait for it.
+    """
+    expected = "give a list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)"
+    batch = isinstance(images, torch.Tensor)
+    if batch and images.dim() != 4 or not batch and not isinstance(images, list | tuple):
+        found = f"a tensor of shape {tuple(images.shape)}" if batch else f"a {type(images).__name__}"
+        raise ValueError(f"images: {found}; {expected}")
+    if len(images) == 0:
+        raise ValueError(f"images: none; {expected}")
+    for i, image in enumerate([images] if batch else images):
+        name = "images" if batch else f"images[{i}]"
+        if not isinstance(image, torch.Tensor):
+            raise ValueError(f"{name}: a {type(image).__name__}; {expected}")
+        if image.dim() != 3 + batch or image.shape[-3] != 3 or image.numel() == 0:
+            raise ValueError(f"{name}: a tensor of shape {tuple(image.shape)}; {expected}")
+        if not image.is_floating_point():
+            raise ValueError(f"{name}: a tensor of {image.dtype}; {expected} (bytes: divide by 255)")
+        if image.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            low, high = (x.item() for x in image.aminmax())
+            if low < -0.5 or high > 1.5:  # resizing may overshoot a little
+                raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}; {expected} (bytes: divide by 255)")
+
+
+def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.0, encode=None):
     """Detections of the last layer, at most `topk` per image, best first.
 
-    image_sizes   (H, W) of every image before padding, as the model saw it
-    output_sizes  (H, W) that boxes and masks are wanted in
+    image_sizes      (H, W) of every image before padding, as the model saw it
+    output_sizes     (H, W) that boxes and masks are wanted in
+    score_threshold  0 to 1; detections with a lower score are left out
+    encode           what to keep of the masks, for large images, where a hundred fill a gigabyte: a function of a few
+                     masks (n, H, W) bool that returns a list of n, e.g. `coco.encode_masks`
 
     Returns per image {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in output pixels, not clipped, masks (k, H, W)
-    bool}. A score is the class score times the mean mask probability inside the mask.
+    bool or, with `encode`, a list}. A score is the class score times the mean mask probability inside the mask.
+    Raises InputError where a prediction is NaN or infinite.
     """
-    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q * classes)
+    finite = outputs["pred_logits"].isfinite().all()
+    scores = full_precision(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
     scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
     num_classes = outputs["pred_logits"].shape[-1]
     padded_height, padded_width = (4 * n for n in outputs["pred_masks"].shape[-2:])
     detections = []
-    for b, ((height, width), (out_height, out_width)) in enumerate(zip(image_sizes, output_sizes, strict=True)):
-        query, labels = picked[b] // num_classes, picked[b] % num_classes
+    for b, (size, output_size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
+        likely = ~(scores[b] < score_threshold)  # the mask's factor is at most 1; NaN stays, to be found below
+        class_scores, picks = scores[b, likely], picked[b, likely]
+        query, labels = picks // num_classes, picks % num_classes
         boxes = box_convert(outputs["pred_boxes"][b, query], "cxcywh", "xyxy")
-        scale = (padded_width * out_width / width, padded_height * out_height / height)
-        masks = outputs["pred_masks"][b, query][:, None]  # (k, 1, H/4, W/4)
-        masks = F.interpolate(masks, (padded_height, padded_width), mode="bilinear", align_corners=False)
-        masks = masks[..., :height, :width]
-        masks = F.interpolate(masks, (out_height, out_width), mode="bilinear", align_corners=False)[:, 0]
-        inside = masks > 0
-        area = inside.sum((1, 2)).to(masks)
-        quality = (masks.sigmoid() * inside).sum((1, 2)) / (area + 1e-6)
-        final, order = (scores[b] * quality).sort(descending=True, stable=True)
-        detections.append(
-            {
-                "scores": final,
-                "labels": labels[order],
-                "boxes": (boxes * boxes.new_tensor(scale * 2))[order],
-                "masks": inside[order],
-            }
-        )
+        boxes = boxes * boxes.new_tensor((padded_width * output_size[1] / size[1],
+                                          padded_height * output_size[0] / size[0]) * 2)  # fmt: skip
+        final, masks = class_scores.clone(), []
+        for some, inside, quality in full_masks(outputs["pred_masks"][b], query, size, output_size):
+            final[some] *= quality
+            inside = inside[final[some] >= score_threshold]
+            masks += encode(inside) if encode else [inside]
+        if not (finite and final.isfinite().all() and boxes.isfinite().all()):
+            raise InputError("the model predicts NaN or infinity; its weights are damaged or its precision is too low")
+        kept = final >= score_threshold
+        final, order = final[kept].sort(descending=True, stable=True)
+        if encode:
+            masks = [masks[i] for i in order.tolist()]
+        else:
+            masks = torch.cat(masks or [kept.new_zeros(0, *output_size)])[order]
+        labels, boxes = labels[kept][order], boxes[kept][order]
+        detections.append({"scores": final, "labels": labels, "boxes": boxes, "masks": masks})
     return detections
+
+
+def full_masks(logits, query, size, output_size):
+    """Masks at full size, a few at a time: yields (their places in `query`, masks (n, H, W) bool, quality (n,)).
+
+    logits (Q, H/4, W/4) of one image, query (k,) indices; size and output_size: (H, W) before padding and wanted. The
+    quality is the mean probability inside the mask, 0 where it is empty.
+    """
+    padded = [4 * n for n in logits.shape[-2:]]
+    pixels = max(math.prod(padded), math.prod(output_size))
+    # Two or more at a time where there are two: the sum over one alone is of another order, and its last bits differ.
+    count = max(1, min(len(query) // 2, math.ceil(len(query) * pixels / MASK_PIXELS)))
+    for some in torch.arange(len(query), device=query.device).tensor_split(count) if len(query) else ():
+        masks = full_precision(logits[query[some]][:, None])  # (n, 1, H/4, W/4)
+        masks = F.interpolate(masks, padded, mode="bilinear", align_corners=False)
+        masks = masks[..., : size[0], : size[1]]
+        masks = F.interpolate(masks, output_size, mode="bilinear", align_corners=False)[:, 0]
+        inside = masks > 0
+        total = masks.sigmoid_().mul_(inside).sum((1, 2))
+        # The area, exactly: no row has more ones than float32 can count. A sum of `inside` would copy it as int64.
+        area = masks.copy_(inside).sum(2).to(torch.int64).sum(1)
+        yield some, inside, total / (area.to(masks) + 1e-6)

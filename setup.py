@@ -59,15 +59,15 @@ from torch.utils import cpp_extension  # noqa: E402
 @contextmanager
 def output_in(file):
     """Sends to the open file what this process and its children print, compilers and ninja among them."""
-    terminal = os.dup(1), os.dup(2)
+    terminal = {number: os.dup(number) for number in (1, 2)}
     try:
-        for number in (1, 2):
-            sys.stdout.flush()
+        sys.stdout.flush()
+        for number in terminal:
             os.dup2(file.fileno(), number)
         yield
     finally:
-        for number, saved in zip((1, 2), terminal, strict=True):
-            sys.stdout.flush()
+        sys.stdout.flush()
+        for number, saved in terminal.items():
             os.dup2(saved, number)
             os.close(saved)
 
@@ -80,7 +80,7 @@ def complaints(output):
 
 class BuildOps(cpp_extension.BuildExtension):
     def build_extensions(self):
-        """Builds one library after the other, so that what fails for one does not stop the next."""
+        """Builds one library after the other: what fails for one, its CUDA version say, does not stop the next."""
         instead = "the model runs in plain PyTorch instead"
         compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]
         if not shutil.which(compiler):
@@ -119,9 +119,9 @@ def library(name, pattern, **options):
 
 openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for has one thread
 flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *openmp]
-cpu = library("_C", "*.cpp", libraries=["c10", "torch_cpu"], extra_compile_args=flags, extra_link_args=openmp)
-libraries = [cpu]
+torch_cpu = ["c10", "torch_cpu"]
+libraries = [library("_C", "*.cpp", libraries=torch_cpu, extra_compile_args=flags, extra_link_args=openmp)]
 if home:  # the CUDA runtime comes with torch's libraries
     flags = {"nvcc": ["-O3", "--threads", str(os.cpu_count())]}
-    libraries.append(library("_C_cuda", "*.cu", libraries=["c10", "torch_cpu", "c10_cuda"], extra_compile_args=flags))
-setup(ext_modules=libraries, py_modules=[], cmdclass={"build_ext": BuildOps})
+    libraries.append(library("_C_cuda", "*.cu", libraries=[*torch_cpu, "c10_cuda"], extra_compile_args=flags))
+setup(ext_modules=libraries, cmdclass={"build_ext": BuildOps})

@@ -1,9 +1,11 @@
 """Generated data sets in COCO's format: `shapes`, and `shapes-hard`, in which a box tells little about its mask."""
 
 import colorsys
+import contextlib
 import json
 import math
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
 
     `train` and `val` images of size x size pixels with 2 to 7 overlapping shapes each, one class per outline; textures
     and colours say nothing about the class. Every visible shape is annotated with its visible part. The same settings
-    give the same files. The annotation files are written last, so that an interrupted run is not taken for a whole one.
+    give the same files. Every file appears whole and the annotation files last, so that an interrupted run is not taken
+    for a whole one, and several machines may generate the same set on one disk at once.
 
     hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
     3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
@@ -78,7 +81,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
         return
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
+        if _shapes_settings(path) != settings:
+            path.unlink(missing_ok=True)
     written = {}
     for number, (split, path) in enumerate(files.items()):
         folder = root / "images" / f"{split}2017"
@@ -87,7 +91,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
         for i in range(settings[split]):
             pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size, hard)
             name = f"{i + 1:012d}.png"
-            Image.fromarray(pixels).save(folder / name, compress_level=1)
+            with _whole_file(folder / name) as temporary:
+                Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
             rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
             for label, rle in zip(labels, rles, strict=True):
@@ -109,9 +114,16 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
             "categories": [{"id": i + 1, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES)],
         }
     for path, content in written.items():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
+        with _whole_file(path) as temporary:
+            temporary.write_text(json.dumps(content))
+
+
+@contextlib.contextmanager
+def _whole_file(path):
+    """A name to write to, of this process alone, that becomes `path` when it is written."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    yield temporary
+    os.replace(temporary, path)
 
 
 def _shapes_settings(path):

@@ -4,135 +4,103 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import check_config, link, load_starting_point, newest_checkpoint, save_checkpoint
-from cli import add_data_arguments, choose_device, gather, open_split, positive, run_program
+import checkpoint
+import cli
+from coco import check_sizes, match_classes
 from config import PRESETS, InputError, add_config_arguments, config_from
-from data import SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
+from data import seed_of, to_device, train_batches
+from drawing import draw_instances, save_png
 from eval import evaluate, percent
-from images import DataError
 from losses import SetCriterion
-from model import DIMaskDINO
-from predict import draw_instances, predict, save_png
+from model import DIMaskDINO, postprocess
 
-# The published recipes: iterations, the batch size they are for, and the iterations at which the rates drop to a tenth.
-SCHEDULES = {
-    "12ep": (88_500, 16, [81_125]),
-    "24ep": (177_000, 16, [147_500]),
-    "50ep": (368_750, 16, [327_778, 355_092]),
-    "bdd68ep": (59_500, 8, [43_750]),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
-}
-LEARNING_RATE, BACKBONE_FACTOR, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 0.05, 0.01
-TINY = SimpleNamespace(epochs=12, batch_size=16, lr=1e-3, backbone_factor=1.0, drops=[0.8, 0.95], warmup=100)
+WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
 LOG_EVERY = 20  # iterations
+
+# A schedule: so many iterations of so many images, where the rates drop to a tenth, the rate and what goes with it.
+Recipe = namedtuple("Recipe", "iterations batch_size milestones lr backbone_factor warmup", defaults=(1e-4, 0.1, 0))
+RECIPES = {
+    "12ep": Recipe(88_500, 16, (81_125,)),
+    "24ep": Recipe(177_000, 16, (147_500,)),
+    "50ep": Recipe(368_750, 16, (327_778, 355_092)),
+    "bdd68ep": Recipe(59_500, 8, (43_750,)),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
+    "tiny": Recipe(1_500, 16, (1_200, 1_425), lr=1e-3, backbone_factor=1.0, warmup=100),  # 12 epochs of `shapes`
+}
 
 
 def parse_arguments(argv=None):
-    """The flags as a namespace; what is left out is None where `plan` chooses by preset and schedule."""
+    """The flags as a namespace; what is left out is None where `make_schedule` chooses by preset and schedule."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
     add("--output", default="runs/train", metavar="DIR", help="checkpoints, log, pictures (default: runs/train)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output, if there is one")
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
-    add("--seed", type=int, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
-    add_data_arguments(parser)
-
-    add = parser.add_argument_group("starting point").add_argument
-    add(
-        "--backbone-weights",
-        metavar="NAME-OR-FILE",
-        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, "
-        "Microsoft's Swin or Detectron2; or none (default: torchvision's ImageNet weights; for tiny, none)",
-    )
-    add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
-    )
+    add("--seed", type=cli.count, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
+    cli.add_precision_argument(parser)
+    cli.add_data_arguments(parser)
+    checkpoint.add_start_arguments(parser)
+    add("--keep-empty", action="store_true", help="train on the images without instances too, as background")
+    plain = "train on images as the evaluation sees them: a sanity check, overfitting the training images"
+    add("--no-augmentation", dest="augment", action="store_false", help=plain)
 
     add = parser.add_argument_group("schedule; the default is the published one, or that of tiny").add_argument
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        help="a published number of iterations, stretched for another batch size (default: 12 epochs of the data)",
-    )
-    add("--epochs", type=positive, help="passes over the training images, instead of the schedule's length")
-    add("--batch-size", type=positive, help="images per forward pass, over all processes (default: 16; bdd68ep: 8)")
-    add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
-    add(
-        "--lr", type=float, help="learning rate (default: 1e-4 for the schedule's images per step, in proportion to it)"
-    )
-    add("--backbone-lr", type=float, help="learning rate of the backbone (default: a tenth of the other)")
-    add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="where the rates drop to a tenth")
-    add("--warmup", type=int, metavar="ITERATIONS", help="rates rise from zero (default: 0; for tiny, 100)")
-    add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
-    add("--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default 1)")
-    add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
-    add(
-        "--no-augmentation",
-        dest="augment",
-        action="store_false",
-        help="train on the images as the evaluation sees them: to see whether a model can learn its training images",
-    )
-    add("--save-every", type=positive, default=1000, metavar="ITERATIONS", help="and at epochs' ends (default: 1000)")
+    add("--schedule", choices=RECIPES, help="a published one, for any batch size (default: 12 epochs of the data)")
+    add("--epochs", type=cli.positive, help="passes over the training images, instead of the schedule's length")
+    add("--batch-size", type=cli.positive, help="images per forward pass, over all processes (default: 16; bdd68ep: 8)")
+    add("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
+    add("--lr", type=cli.not_negative, help="learning rate (default: 1e-4 for the schedule's images per iteration)")
+    add("--backbone-lr", type=cli.not_negative, help="of the backbone; 0 freezes it (default: a tenth of the other)")
+    add("--milestones", type=cli.positive, nargs="+", metavar="ITERATION", help="where the rates drop to a tenth")
+    add("--warmup", type=cli.count, metavar="ITERATIONS", help="rates rise from zero (default: 0; for tiny, 100)")
+    add("--max-iterations", type=cli.positive, help="stop after this many iterations of the schedule")
+    add("--save-every", type=cli.positive, default=1000, metavar="N", help="iterations (default: 1000)")
 
-    add(
-        "--precision",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the model's activations (default: auto, bfloat16 on a GPU that has it, float16 on others, float32 on "
-        "the CPU); matching and losses are in float32",
-    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=cli.positive, default=1, metavar="EPOCHS", help="so often and at the end (default: 1)")
+    add("--no-eval", dest="evaluate", action="store_false", help="train without evaluation, and without its images")
+    add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
     add_config_arguments(parser)
     return parser.parse_args(argv)
 
 
-def plan(args, num_images):
+def make_schedule(args, num_images):
     """What the flags and the number of training images make of the schedule: a namespace with
 
     batch_size and step_size  images per forward pass and per optimizer step, over all processes
     iterations, milestones    of the whole schedule: its optimizer steps, and those at which the rates drop to a tenth
     lr, backbone_lr, warmup   the highest rates, and the iterations in which they rise to them
     """
-    if args.preset == "tiny" and not args.schedule:
-        epochs, published_batch, drops, lr, factor, warmup = (
-            TINY.epochs, TINY.batch_size, TINY.drops, TINY.lr, TINY.backbone_factor, TINY.warmup
-        )  # fmt: skip
-    else:
-        length, published_batch, drops = SCHEDULES[args.schedule or "12ep"]
-        drops = [drop / length for drop in drops]
-        epochs, lr, factor, warmup = 12, LEARNING_RATE, BACKBONE_FACTOR, 0
-    batch_size = args.batch_size or published_batch
+    recipe = RECIPES[args.schedule or ("tiny" if args.preset == "tiny" else "12ep")]
+    given = lambda value, default: default if value is None else value  # noqa: E731  (0 is a value)
+    batch_size = given(args.batch_size, recipe.batch_size)
     step_size = batch_size * args.accumulate
-    if args.schedule and not args.epochs:
-        iterations = round(length * published_batch / step_size)
+    if args.schedule and args.epochs is None:
+        iterations = round(recipe.iterations * recipe.batch_size / step_size)
     else:
-        iterations = math.ceil((args.epochs or epochs) * num_images / step_size)
-    lr = args.lr or lr * step_size / published_batch
+        iterations = math.ceil(given(args.epochs, 12) * num_images / step_size)
+    lr = given(args.lr, recipe.lr * step_size / recipe.batch_size)
     return SimpleNamespace(
         batch_size=batch_size,
         step_size=step_size,
         iterations=iterations,
-        milestones=args.milestones or [round(drop * iterations) for drop in drops],
+        milestones=given(args.milestones, [round(m / recipe.iterations * iterations) for m in recipe.milestones]),
         lr=lr,
-        backbone_lr=args.backbone_lr or lr * factor,
-        warmup=warmup if args.warmup is None else args.warmup,
+        backbone_lr=given(args.backbone_lr, lr * recipe.backbone_factor),
+        warmup=given(args.warmup, recipe.warmup),
     )
 
 
@@ -142,60 +110,21 @@ def lr_factor(iteration, milestones, warmup):
 
 
 def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
-    """AdamW's groups: the backbone has its own rate; norms, embeddings, relative-position tables no weight decay."""
+    """AdamW's groups: the backbone has its own rate, and is left out where that is 0; no weight decay for norms,
+    embeddings and relative-position tables.
+    """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
     groups = {}
     for module_name, module in model.named_modules():
+        in_backbone = module_name.startswith("backbone")
+        if in_backbone and backbone_lr == 0:
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            decayed = not (isinstance(module, norms) or name in ("level_embed", "relative_position_bias_table"))
-            rate = backbone_lr if module_name.startswith("backbone") else lr
-            groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
-
-
-def quiet_worker(_):
-    """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
-
-    Not by a signal, at which the main process would take them for broken.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-def read_log(path, iteration):
-    """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
-            entries.append(json.loads(line))
-    entries = [entry for entry in entries if entry["iteration"] <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(temporary, path)
-    return entries
-
-
-def to_device(batch, device):
-    """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
-    images, targets = batch
-    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
-    return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
-
-
-def autocast_dtype(precision, device):
-    """The dtype of the activations for --precision on this device; None: float32, without autocast."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if precision == "float16" and device.type == "cpu":
-        raise InputError("--precision float16: needs a GPU; the CPU has bfloat16 and float32")
-    return None if precision == "float32" else getattr(torch, precision)
+            decayed = not (isinstance(module, norms) or name == "relative_position_bias_table")
+            rate, decay = backbone_lr if in_backbone else lr, weight_decay if decayed else 0.0
+            group = {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def backward(model, criterion, batches, autocast=None, scaler=None, stopping=False):
@@ -206,7 +135,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     whether any process is `stopping`.
     """
     counts = [len(target["labels"]) for _, targets in batches for target in targets]
-    everywhere = gather((sum(counts), stopping))
+    everywhere = cli.gather((sum(counts), stopping))
     num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
@@ -222,14 +151,15 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     return sums, any(stop for _, stop in everywhere)
 
 
-def save_picture(model, dataset, device, path, count=6):
-    """PNG of the first images of a data set, the ground truth in the upper row and the predictions below."""
+@torch.inference_mode()
+def save_picture(model, classes, dataset, device, path, count=6, threshold=0.3):
+    """PNG of the first images of a data set, the ground truth in the upper row and the detections below."""
     columns = []
-    for index in range(min(count, len(dataset))):
-        image, target = dataset[index]
-        pixels = (image * 255).round().to(torch.uint8)
-        found = predict(model, pixels, device, score_threshold=0.3)
-        pair = [draw_instances(pixels, instances, dataset.classes) for instances in (target, found)]
+    for pixels, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
+        image = pixels / 255
+        [found] = postprocess(model([image.to(device)]), [image.shape[1:]], [image.shape[1:]])
+        found = {name: value[found["scores"] >= threshold].cpu() for name, value in found.items()}
+        pair = draw_instances(pixels, target, dataset.classes), draw_instances(pixels, found, classes)
         columns.append(torch.cat(pair, 1))
     height = max(column.shape[1] for column in columns)
     columns = [nn.functional.pad(column, (0, 4, 0, height - column.shape[1]), value=255) for column in columns]
@@ -246,79 +176,62 @@ class Trainer:
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.output = Path(args.output)
         config = config_from(args)
-        if rank > 0:
-            dist.barrier()  # the first process generates `shapes`, and finds what is wrong with the files
-        plain = eval_transform(*config.test_size)
-        augmented = train_transform(config.train_size, config.train_scale)
-        self.train_set = open_split(args, "train", augmented if args.augment else plain)
-        self.val_set = open_split(args, "val", plain)
-        if self.train_set.classes != self.val_set.classes:
-            raise DataError("training and validation annotations differ in their categories; make them the same")
-        if rank == 0 and world > 1:
-            dist.barrier()
+        augmentation = (config.train_size, config.train_scale) if args.augment else None
+        self.train_set = cli.open_split(args, "train", config.test_size, augmentation)
+        self.val_set = cli.open_split(args, "val", config.test_size) if args.evaluate else None
+        if self.val_set is not None:
+            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
+            _, labels = match_classes(self.train_set.classes, self.val_set.classes, self.val_set.category_ids)
+            self.labels = [labels[category_id] for category_id in self.val_set.category_ids]
         config = replace(config, num_classes=len(self.train_set.classes))
-        self.schedule = plan(args, len(self.train_set))
+        self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
             raise InputError(f"--batch-size {self.schedule.batch_size}: is not a multiple of the {world} processes")
 
-        torch.manual_seed(args.seed)
-        self.model = DIMaskDINO(config)
-        resumed = newest_checkpoint(self.output) if args.resume else None
+        resumed = checkpoint.newest_checkpoint(self.output) if args.resume else None
         if args.resume and not resumed:
-            self.say(f"nothing to resume in {self.output}: starting anew")
+            cli.say(f"nothing to resume in {self.output}: starting anew")
         elif not args.resume and (self.output / "checkpoint.pt").exists():
             raise InputError(f"{self.output}: holds checkpoint.pt; go on with --resume or choose another --output")
-        if not resumed:
-            for line in load_starting_point(self.model, args, self.train_set.classes):
-                self.say(line)
+        torch.manual_seed(args.seed)
+        self.model = DIMaskDINO(config)
+        lines = [] if resumed else checkpoint.load_starting_point(self.model, args, self.train_set.classes)
         self.model.to(device)
+        self.frozen = self.schedule.backbone_lr == 0
+        self.model.backbone.requires_grad_(not self.frozen)
+        if args.precision == "published":
+            self.model.use_published_precision()
+        self.autocast = cli.autocast_dtype(args.precision, device)
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.autocast = autocast_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type) if self.autocast == torch.float16 else None
 
-        # What the order of the images and all random numbers depend on, with the iteration and the process.
-        self.settings = {name: getattr(args, name) for name in ("seed", "accumulate", "augment")}
-        self.settings["batch_size"] = self.schedule.batch_size
+        # With the iteration and the process, all that images and random numbers depend on, and what is trained.
+        self.settings = {"seed": args.seed, "augment": args.augment, "keep_empty": args.keep_empty}
+        self.settings |= {"images_per_iteration": self.schedule.step_size}
+        self.settings |= {"frozen_backbone": self.frozen, "classes": self.train_set.classes}
         self.iteration, self.seconds = 0, 0.0
         self.window = {}  # sums of the terms since the last line of the log
         self.evaluations = []  # their lines in the log
         if resumed:
-            self.resume(*resumed)
-        if rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.output / "log.jsonl", "a", buffering=1)
-        self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
-        self.last_step = None  # its images' ids and its terms
-        self.last_step_bad = torch.zeros(1, pin_memory=device.type == "cuda")  # on the host: 1 if it changed nothing
+            path, found = resumed
+            states = self.model, self.optimizer, self.scaler
+            lines = checkpoint.restore(path, found, *states, self.settings, self.schedule)
+            self.iteration, self.seconds = found["iteration"], found["seconds"]
+            self.window = {name: value.to(device) for name, value in found["window"].items()}
+            entries = checkpoint.read_log(self.output / "log.jsonl", self.iteration) if rank == 0 else []
+            self.evaluations = [entry for entry in entries if "box" in entry]
+        for line in lines:
+            cli.say(line)
+        self.stop = self.schedule.iterations
+        if args.max_iterations is not None:
+            self.stop = min(self.stop, args.max_iterations)
         self.signals, self.evaluating = [], False
-
-    def say(self, line):
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def resume(self, path, checkpoint):
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
-        check_config(path, checkpoint, self.model.config, **self.settings)
-        self.model.load_state_dict(checkpoint["model"])
-        rates = [group["base_lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["base_lr"] = rate  # the flags', which may be new
-        if self.scaler and checkpoint["scaler"]:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iteration, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-        self.window = {name: value.to(self.device) for name, value in checkpoint["window"].items()}
-        self.say(f"resuming {path} after iteration {self.iteration}")
-        if changed := [k for k, v in vars(self.schedule).items() if checkpoint["schedule"].get(k) != v]:
-            self.say(f"the schedule has changed in {', '.join(changed)}")
-        if self.rank == 0:
-            self.evaluations = [e for e in read_log(self.output / "log.jsonl", self.iteration) if "box" in e]
 
     def save(self, name="checkpoint.pt", keep=None):
         """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
+        window = self.whole_window()
         if self.rank > 0:
             return
         content = {
@@ -333,9 +246,24 @@ class Trainer:
             "epoch": self.epoch(self.iteration),
             "iteration": self.iteration,
             "seconds": time.perf_counter() - self.clock,
-            "window": {name: value.cpu() for name, value in self.window.items()},
+            "window": window,
         }
-        save_checkpoint(self.output / name, content, keep)
+        checkpoint.save_checkpoint(self.output / name, content, keep)
+
+    def describe(self):
+        """Print in three lines what is going to be done, and warn of what is probably not meant."""
+        schedule, stop, images = self.schedule, self.stop, len(self.train_set)
+        evaluated = f"{len(self.val_set)} images to evaluate on" if self.val_set else "no evaluation"
+        cli.say(
+            f"{images} images of {len(self.train_set.classes)} classes to train on, {evaluated}\n"
+            f"{stop} iterations, {stop * schedule.step_size / images:.3g} epochs; warm-up: {schedule.warmup}; "
+            f"learning rate {schedule.lr:.3g}, backbone {schedule.backbone_lr:.3g}; tenths from {schedule.milestones}\n"
+            f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
+            f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output}"
+        )
+        if 2 * schedule.warmup >= stop:
+            cli.warn(f"the warm-up takes {schedule.warmup} of {stop} iterations: lower --warmup, or train longer")
+        cli.warn_of_crowded_images(self.train_set, self.model.config.selections[-1])
 
     def epoch(self, iteration):
         """Whole passes over the training images after so many iterations."""
@@ -348,114 +276,98 @@ class Trainer:
 
     def on_signal(self, number, frame):
         self.signals.append(number)
-        if self.evaluating:  # behind the checkpoint; the evaluation is done again
-            self.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
-            sys.exit()
+        if self.evaluating and self.world == 1:  # several processes have to agree on it
+            raise KeyboardInterrupt
 
     def run(self):
         """Train to the end of the schedule, to --max-iterations, or to SIGINT or SIGTERM."""
-        args, schedule = self.args, self.schedule
-        stop = min(schedule.iterations, args.max_iterations or schedule.iterations)
-        start = self.iteration * schedule.step_size
-        sampler = TrainSampler(len(self.train_set), schedule.batch_size, args.seed, start, self.rank, self.world)
-        loader = DataLoader(
-            SeededDataset(self.train_set), batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=quiet_worker,
+        args, schedule, model, optimizer, scaler = self.args, self.schedule, self.model, self.optimizer, self.scaler
+        if self.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.log = open(self.output / "log.jsonl", "a", buffering=1)
+        batches = train_batches(
+            self.train_set, schedule.batch_size, args.seed, self.iteration * schedule.step_size, self.rank, self.world,
+            args.workers, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        batches = iter(loader) if self.iteration < stop else None
-        model = DistributedDataParallel(self.model, broadcast_buffers=False) if self.world > 1 else self.model
+        parallel = DistributedDataParallel(model) if self.world > 1 else model
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        self.progress = tqdm(total=stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
+        self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
+        self.progress = tqdm(total=self.stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
 
         evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
-        if self.ends_epoch(args.eval_every) and not gather(evaluated)[0]:  # was interrupted in it
-            self.evaluate()
-        stopping = False
-        while self.iteration < stop and not stopping:
-            stopping = self.step(model, batches)
-            if self.ends_epoch() or self.iteration == stop or self.iteration % args.save_every == 0 or stopping:
-                self.check_last_step(wait=True)
+        due = self.ends_epoch(args.eval_every) and not cli.gather(evaluated)[0]  # it was interrupted in its evaluation
+        stopping = due and self.evaluate()
+        while self.iteration < self.stop and not stopping:
+            model.train()
+            if self.frozen:
+                model.backbone.eval()
+            factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+
+            before = time.perf_counter()
+            loaded = [next(batches) for _ in range(args.accumulate)]
+            self.waited += time.perf_counter() - before
+            loaded = [to_device(batch, self.device) for batch in loaded]
+            torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
+            optimizer.zero_grad()
+            terms, stopping = backward(parallel, self.criterion, loaded, self.autocast, scaler, bool(self.signals))
+            if scaler:
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            self.check_finite(terms, norm, loaded)
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+
+            self.iteration += 1
+            self.count(terms, schedule.lr * factor)
+            if self.ends_epoch() or self.iteration == self.stop or self.iteration % args.save_every == 0 or stopping:
                 self.save(keep="previous.pt")
             if self.ends_epoch(args.eval_every) and not stopping:
-                self.evaluate()
+                stopping = self.evaluate()
         self.progress.close()
         if stopping:
-            self.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
+            cli.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 
-    def step(self, model, batches):
-        """One optimizer step. Returns whether a signal asks to stop, here or in another process."""
-        model.train()
-        torch.manual_seed(seed_of(self.args.seed, 2, self.iteration, self.rank))
-        factor = lr_factor(self.iteration, self.schedule.milestones, self.schedule.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        before = time.perf_counter()
-        batches = [next(batches) for _ in range(self.args.accumulate)]
-        self.waited += time.perf_counter() - before
-        batches = [to_device(batch, self.device) for batch in batches]
-        self.optimizer.zero_grad()
-        terms, stopping = backward(
-            model, self.criterion, batches, self.autocast, self.scaler, stopping=bool(self.signals)
-        )
-        self.check_last_step()  # nothing waits for its flag here: the matcher has waited for what came behind it
+    def check_finite(self, terms, norm, batches):
+        """Raise InputError, before the step, if the loss or the gradient's norm is not finite in any process.
 
-        bad = ~terms["loss"].isfinite()
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        if not self.scaler:  # it skips steps with infinite gradients itself, and goes on with a smaller scale
-            bad = bad | ~norm.isfinite()
-        bad = bad.float()
-        if self.world > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # 1: the fused step changes nothing
-            self.optimizer.step()
-        self.last_step_bad.copy_(bad, non_blocking=True)
-        self.last_step = [target["image_id"] for _, targets in batches for target in targets], terms
-
-        self.iteration += 1
-        self.seen += self.schedule.step_size
-        for name, term in terms.items():
-            self.window[name] = self.window.get(name, 0) + term
-        self.progress.update()
-        if self.iteration % LOG_EVERY == 0 or self.iteration == self.schedule.iterations:
-            self.check_last_step(wait=True)
-            self.write_log(self.schedule.lr * factor)
-        return stopping
-
-    def check_last_step(self, wait=False):
-        """Raise InputError if the last step's loss or gradient was not finite, in which case it changed nothing."""
-        if wait and self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if not self.last_step_bad:
+        With a scaler, gradients that overflow are not an error: it skips the step and goes on with a smaller scale.
+        """
+        overflows = self.scaler is not None and self.scaler.get_scale() >= 1
+        finite = bool(terms["loss"].isfinite() & (norm.isfinite() | overflows))
+        if all(cli.gather(finite)):
             return
-        image_ids, terms = self.last_step
-        found = gather((image_ids, [name for name, term in terms.items() if not math.isfinite(term)]))
+        names = [name for name, term in terms.items() if not math.isfinite(term)]
+        found = cli.gather(([target["image_id"] for _, targets in batches for target in targets], names))
         image_ids = [image_id for ids, _ in found for image_id in ids]
         names = sorted({name for _, names in found for name in names if name != "loss"}) or ["the gradient"]
-        self.iteration -= 1
-        self.window = {}
         self.save("nonfinite.pt")
+        if self.rank > 0:
+            sys.exit(1)
         raise InputError(
             f"{self.output}: iteration {self.iteration + 1}: {', '.join(names)} not finite on images {image_ids}; the "
             "state before it is in nonfinite.pt; look at these images, or lower --lr"
         )
 
-    def write_log(self, lr):
-        """A line of the log and the progress bar's numbers: means over the iterations since the last line."""
-        steps = (self.iteration - 1) % LOG_EVERY + 1
-        means = {name: float(value) / steps for name, value in self.window.items()}
-        everywhere = gather(means)
-        self.window = {}
+    def count(self, terms, lr):
+        """Add the terms of an iteration to the window; at its end, a line of the log: means over its iterations."""
+        self.seen += self.schedule.step_size
+        for name, term in terms.items():
+            self.window[name] = self.window.get(name, 0) + term
+        self.progress.update()
+        if self.iteration % LOG_EVERY and self.iteration != self.schedule.iterations:
+            return
+        window, self.window = self.whole_window(), {}
         if self.rank > 0:
             return
-        means = {name: sum(terms[name] for terms in everywhere) / self.world for name in means}
+        steps = (self.iteration - 1) % LOG_EVERY + 1
+        means = {name: float(value) / steps for name, value in window.items()}
         now = time.perf_counter()
         entry = {
             "epoch": self.epoch(self.iteration),
@@ -478,19 +390,37 @@ class Trainer:
         self.progress.set_postfix(shown)
         self.since, self.waited, self.seen = now, 0.0, 0
 
+    def whole_window(self):
+        """The window's sums as means over the processes, of which some may have no denoising terms; on the CPU."""
+        everywhere = cli.gather({name: value.cpu() for name, value in self.window.items()})
+        names = dict.fromkeys(name for window in everywhere for name in window)
+        return {name: sum(window.get(name, 0) for window in everywhere) / self.world for name in names}
+
     def evaluate(self):
-        """Evaluate, draw predictions, write both, and keep the checkpoint if it is the best so far."""
+        """Evaluate, draw predictions, write both, and keep the checkpoint if it is the best so far.
+
+        Returns whether a signal stopped it, here or in another process.
+        """
+        if self.val_set is None:
+            return False
         self.evaluating = True
-        if self.signals:
-            self.on_signal(self.signals[0], None)
-        scores = evaluate(self.model, self.val_set, self.device, self.args.workers, per_layer=self.args.per_layer)
+        try:
+            scores = evaluate(
+                self.model, self.val_set, self.device, self.args.workers, self.args.per_layer,
+                autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            scores = None
         self.evaluating = False
+        if scores is None:  # the checkpoint is written; resuming evaluates again
+            return True
         if self.rank == 0:
             epoch, seconds = self.epoch(self.iteration), time.perf_counter() - self.clock
-            save_picture(self.model, self.val_set, self.device, self.output / f"epoch_{epoch:03d}.png")
-            total = lambda entry: (entry["box"]["AP"] or 0) + (entry["mask"]["AP"] or 0)  # noqa: E731
-            if all(total(scores) > total(entry) for entry in self.evaluations):
-                link(self.output / "checkpoint.pt", "best.pt")
+            picture = self.output / f"epoch_{epoch:03d}.png"
+            save_picture(self.model, self.train_set.classes, self.val_set, self.device, picture)
+            totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, scores]]
+            if totals[-1] > max(totals[:-1], default=-1):
+                checkpoint.link(self.output / "checkpoint.pt", "best.pt")
             self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
             if self.iteration == self.schedule.iterations:
                 (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
@@ -498,22 +428,21 @@ class Trainer:
             box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
             self.progress.write(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
+        return False
 
 
 def main():
     args = parse_arguments()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    device = choose_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    Trainer(args, device, rank, world).run()
-    if world > 1:
-        dist.destroy_process_group()
+    device, rank, local_rank, world = cli.join_processes(args.device)
+    cli.together(lambda: local_rank == 0 and cli.generate_shapes(args))
+    trainer = cli.together(lambda: Trainer(args, device, rank, world))
+    cli.require_same(
+        iteration=trainer.iteration, seconds=trainer.seconds, device=device.type, precision=str(trainer.autocast),
+        **trainer.settings, **vars(trainer.schedule), **asdict(trainer.model.config),
+    )  # fmt: skip
+    trainer.describe()
+    trainer.run()
 
 
 if __name__ == "__main__":
-    run_program(main)
+    cli.run_program(main)

@@ -4,21 +4,22 @@ import argparse
 import json
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 
 import data
+from coco import coco_paths
 
-SIZE, SCALE_RANGE = 1024, (0.1, 2.0)  # the published augmentation
+AUGMENTATION = 1024, (0.1, 2.0)  # the published one
 COCO_ANNOTATIONS_PER_IMAGE = 860_001 / 118_287  # of train2017
 
 
@@ -34,69 +35,20 @@ def _lines(path):
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-@contextmanager
-def timed_parts():
-    """Within it the functions of data.py add up the seconds spent in them; yields {part: seconds}."""
-    seconds = {}
-
-    def timed(function, part_of):
-        @wraps(function)
-        def wrapper(*arguments):
-            begin = time.perf_counter()
-            result = function(*arguments)
-            part = part_of(*arguments)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin
-            return result
-
-        return wrapper
-
-    parts = {
-        "read_image": lambda *_: "decode the JPEG",
-        "decode_masks": lambda *_: "decode the masks",
-        "resize": lambda inpt, size: f"resize the {'masks' if isinstance(inpt, tv_tensors.Mask) else 'image'}",
-        "finish": lambda *_: "to float, boxes from the masks",
-        "collate": lambda *_: "collate",
-    }
-    originals = {name: getattr(data, name) for name in parts}
-    for name, function in originals.items():
-        setattr(data, name, timed(function, parts[name]))
-    try:
-        yield seconds
-    finally:
-        for name, function in originals.items():
-            setattr(data, name, function)
+def measure_process(dataset, count):
+    """Print the images per second of this process alone."""
+    for index in range(min(10, len(dataset))):  # files into the cache, first calls of the libraries
+        dataset[index]
+    begin, instances = time.perf_counter(), 0
+    for number in range(count):
+        _, [target] = data.collate([dataset[number % len(dataset)]])
+        instances += len(target["labels"])
+    rate = count / (time.perf_counter() - begin)
+    print(f"\nIn one process: {rate:.1f} images/s; {instances / count:.1f} instances per image")
 
 
-def training_set(root):
-    return data.CocoInstances(
-        *data.coco_paths(root, "train"), data.train_transform(SIZE, SCALE_RANGE), training=True
-    )  # fmt: skip
-
-
-def measure_parts(root, count):
-    """Print the time of every part of the loading of `count` images in this process."""
-    with timed_parts() as seconds:
-        dataset = training_set(root)
-        for index in range(min(10, len(dataset))):  # files into the cache, first calls of the libraries
-            dataset[index]
-        torch.manual_seed(0)
-        seconds.clear()
-        begin, instances = time.perf_counter(), 0
-        for number in range(count):
-            _, [target] = data.collate([dataset[number % len(dataset)]])
-            instances += len(target["labels"])
-        total = time.perf_counter() - begin
-    seconds["flip, crop, pad and the rest"] = total - sum(seconds.values())
-    print(f"\nIn one process: {count / total:.1f} images/s; {instances / count:.1f} instances per image\n")
-    print("| part | ms per image | share |\n|---|---|---|")
-    for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
-        print(f"| {part} | {spent / count * 1e3:.2f} | {spent / total:.0%} |")
-    print(f"| all | {total / count * 1e3:.2f} | |")
-
-
-def measure_loader(root, count, workers, batch_size):
+def measure_loader(dataset, count, workers, batch_size):
     """Print the images per second that a DataLoader's processes deliver."""
-    dataset = training_set(root)
     indices = [i % len(dataset) for i in range(count + batch_size * workers * 2)]
     batches = DataLoader(
         dataset, batch_size, sampler=indices, num_workers=workers, collate_fn=data.collate, drop_last=True
@@ -106,6 +58,34 @@ def measure_loader(root, count, workers, batch_size):
             begin, first = time.perf_counter(), number
     rate = (number - first) * batch_size / (time.perf_counter() - begin)
     print(f"\nA DataLoader with {workers} process(es), batches of {batch_size}: {rate:.1f} images/s")
+
+
+def measure_large_image(height=4000, width=5000, instances=700):
+    """Print the time and the peak memory of a loader process for a photograph of many polygons, all in the crop."""
+    rng = np.random.default_rng(0)
+    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    with tempfile.TemporaryDirectory() as folder:
+        noise = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), np.uint8))
+        noise.resize((width, height)).save(Path(folder) / "large.jpg")
+        annotations = []
+        for number in range(instances):
+            radius = rng.uniform(20, 400)
+            points = rng.uniform(radius, (width - radius, height - radius)) + circle * radius
+            box = [*points.min(0), *np.ptp(points, axis=0)]
+            annotations.append({"id": number + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": box})
+            annotations[-1] |= {"area": 3.14 * radius**2, "segmentation": [points.ravel().tolist()]}
+        image = {"id": 1, "file_name": "large.jpg", "height": height, "width": width}
+        content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "disc"}]}
+        path = Path(folder) / "large.json"
+        path.write_text(json.dumps(content))
+        dataset = data.CocoInstances(path, folder, training=True, augmentation=(AUGMENTATION[0], (1.0, 1.0)))
+        begin = time.perf_counter()
+        for _, [target] in DataLoader(dataset, sampler=[0] * 4, num_workers=1, collate_fn=data.collate):
+            loaded = len(target["labels"])
+        seconds = (time.perf_counter() - begin) / 4
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of all child processes so far
+    print(f"\nAn image of {height} x {width}, {loaded} instances: {seconds:.1f} s; its loader process {peak:.2f} GB")
 
 
 def write_annotations(folder, count):
@@ -125,13 +105,14 @@ def write_annotations(folder, count):
         file.write('], "annotations": [')
         for i in range(annotations):
             points = rng.choices(range(64_000), k=2 * rng.randint(5, 40))
-            polygon = [value / 100 if axis % 2 == 0 else value / 134 for axis, value in enumerate(points)]
+            polygon = [round(value / (134 if axis % 2 else 100), 2) for axis, value in enumerate(points)]
+            x, y = min(polygon[::2]), min(polygon[1::2])
             entry = {
-                "segmentation": [[round(value, 2) for value in polygon]],
+                "segmentation": [polygon],
                 "area": round(rng.random() * 1e4, 4),
                 "iscrowd": 0,
                 "image_id": rng.randrange(count),
-                "bbox": [10.55, 20.25, 100.5, 80.75],
+                "bbox": [x, y, round(max(polygon[::2]) - x, 2), round(max(polygon[1::2]) - y, 2)],
                 "category_id": rng.randint(1, 80),
                 "id": i,
             }
@@ -145,14 +126,14 @@ def measure_check(count):
     with tempfile.TemporaryDirectory() as folder:
         path, images = write_annotations(Path(folder), count)
         before = memory()
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         dataset = data.read_annotations(path, images)
-        checked = time.perf_counter() - begin
+        checked, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
         held, peak = memory() - before, memory("VmHWM") - before
         print(
             f"\nAnnotation file of {len(dataset['images']):,} images, {len(dataset['annotations']):,} annotations,"
-            f" {path.stat().st_size / 1e6:.0f} MB: read and checked in {checked:.1f} s; memory: {held:.1f} GB, while"
-            f" reading {peak:.1f} GB"
+            f" {path.stat().st_size / 1e6:.0f} MB: read and checked in {checked:.1f} s"
+            f" ({cpu:.1f} s of processor); memory: {held:.1f} GB, while reading {peak:.1f} GB"
         )
 
 
@@ -168,20 +149,29 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes of the DataLoader (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=2, help="images per batch (default: %(default)s)")
     parser.add_argument(
+        "--large-image",
+        action="store_true",
+        help="also measure the memory of a process that loads a generated image of 4000 x 5000 with 700 instances",
+    )
+    parser.add_argument(
         "--annotation-check",
         type=int,
         metavar="IMAGES",
         help="also time the check of a generated annotation file of so many images; COCO has 118287",
     )
     args = parser.parse_args()
-    if not args.data_root and not args.annotation_check:
-        parser.error("give --data-root, --annotation-check or both")
+    if not (args.data_root or args.large_image or args.annotation_check):
+        parser.error("give --data-root, --large-image or --annotation-check")
     torch.set_num_threads(1)  # as in the processes of a DataLoader
+    torch.manual_seed(0)
     try:
         print(machine())
+        if args.large_image:
+            measure_large_image()
         if args.data_root:
-            measure_parts(args.data_root, args.images)
-            measure_loader(args.data_root, args.images, args.workers, args.batch_size)
+            dataset = data.CocoInstances(*coco_paths(args.data_root, "train"), training=True, augmentation=AUGMENTATION)
+            measure_process(dataset, args.images)
+            measure_loader(dataset, args.images, args.workers, args.batch_size)
         if args.annotation_check:
             measure_check(args.annotation_check)
     except data.DataError as error:

@@ -55,18 +55,39 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
   T lanes[N];
 };
 
-template <int N, typename T> __device__ Pack<Compute<T>, N> load(const T* p) {
-  Pack<T, N> raw;
-  if constexpr (sizeof raw == 16) {
+// Values stay as they lie in memory until they are used: as half types they take half of the registers.
+template <int N, typename T> __device__ Pack<T, N> load(const T* p) {
+  Pack<T, N> pack;
+  if constexpr (sizeof pack == 16) {
     const int4 bits = __ldg(reinterpret_cast<const int4*>(p));  // read-only: need not wait for the atomics below
-    memcpy(&raw, &bits, sizeof raw);
+    memcpy(&pack, &bits, sizeof pack);
   } else {
-    raw = *reinterpret_cast<const Pack<T, N>*>(p);
+    pack = *reinterpret_cast<const Pack<T, N>*>(p);
   }
-  Pack<Compute<T>, N> pack;
-#pragma unroll
-  for (int k = 0; k < N; ++k) pack.lanes[k] = static_cast<Compute<T>>(raw.lanes[k]);
   return pack;
+}
+
+// Stops the compiler from converting a pack of half types ahead of a loop, into twice the registers.
+template <typename P> __device__ void keep(P& pack) {
+  if constexpr (sizeof pack == 16) {
+    int words[4];
+    memcpy(words, &pack, 16);
+#pragma unroll
+    for (int& word : words) asm volatile("" : "+r"(word));
+    memcpy(&pack, words, 16);
+  }
+}
+
+// Channel k in the type that is computed in. A bfloat16 is the upper half of a float; taken from the word that holds it
+// and its neighbour it needs no register of its own.
+template <typename A, typename T, int N> __device__ A lane(const Pack<T, N>& pack, int k) {
+  if constexpr (std::is_same_v<T, c10::BFloat16> && N % 2 == 0) {
+    unsigned int word;
+    memcpy(&word, &pack.lanes[k & ~1], 4);
+    return __uint_as_float(k & 1 ? word & 0xffff0000 : word << 16);
+  } else {
+    return static_cast<A>(pack.lanes[k]);
+  }
 }
 
 // The cell of a sample. As on the CPU: corners are numbered 0 = (y0, x0), 1 = (y0, x1), 2 = (y1, x0), 3 = (y1, x1); a
@@ -104,8 +125,9 @@ template <typename A> __device__ Cell<A> locate(const Levels& levels, int level,
 // lane + threads_of_group, ...
 struct Place {
   int groups, group, lane, rounds;  // groups: those of the block that have a query
-  int64_t first_row, heads;         // of (B, Q, M) as rows: that of the block's group 0; from group to group
-  int64_t first_value, stride;      // channel 0 of token 0; from token to token
+  int64_t first_row;                // of (B, Q, M) as rows: that of the block's group 0
+  int64_t first_value;              // channel 0 of token 0
+  int heads, stride;                // rows from group to group, channels from token to token
 
   template <typename T> __device__ Place(const Problem<T>& problem, int threads_of_group, int N) {
     const int groups_of_block = blockDim.x / threads_of_group;
@@ -122,7 +144,11 @@ struct Place {
     stride = heads * problem.channels;
     first_value = image * problem.tokens * stride + static_cast<int64_t>(head) * problem.channels;
   }
-  __device__ int64_t row(int group_of_block) const { return first_row + group_of_block * heads; }
+  __device__ int64_t row(int group_of_block) const { return first_row + static_cast<int64_t>(group_of_block) * heads; }
+  // From token 0 to corner c of a cell
+  __device__ int64_t corner(int c, int token, int steps) const {
+    return static_cast<int64_t>(token + (c & 1 ? steps & 1 : 0) + (c & 2 ? steps >> 1 : 0)) * stride;
+  }
 };
 
 // Calls f(group in the block, sample in the chunk, the same sample in the whole problem) for the samples
@@ -169,13 +195,14 @@ forward_kernel(const __grid_constant__ Problem<T> problem, T* __restrict__ outpu
         const Pack<A, 4> corner = corners[place.group][i];
         const int2 cell = cells[place.group][i];
         // No branch, so that the loads of several samples are under way at once: what lies outside reads token 0
-        const int64_t right = (cell.y & 1) * place.stride, down = (cell.y >> 1) * place.stride;
-        const T* at = value + max(cell.x, 0) * place.stride;
-        const auto v0 = load<N>(at), v1 = load<N>(at + right), v2 = load<N>(at + down), v3 = load<N>(at + down + right);
+        Pack<T, N> values[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) values[c] = load<N>(value + place.corner(c, max(cell.x, 0), cell.y));
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          const A sample = corner.lanes[0] * v0.lanes[k] + corner.lanes[1] * v1.lanes[k] +
-                           corner.lanes[2] * v2.lanes[k] + corner.lanes[3] * v3.lanes[k];
+          A sample = 0;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sample += corner.lanes[c] * lane<A>(values[c], k);
           sum[k] += cell.x >= 0 ? sample : A(0);
         }
       }
@@ -189,91 +216,99 @@ forward_kernel(const __grid_constant__ Problem<T> problem, T* __restrict__ outpu
   }
 }
 
-// Four floats in one go where the GPU can
-__device__ void add_four(float* p, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(p), make_float4(a, b, c, d));
+constexpr int kAtomic = 4;  // floats that the GPU adds in one go
 #else
-  atomicAdd(p, a);
-  atomicAdd(p + 1, b);
-  atomicAdd(p + 2, c);
-  atomicAdd(p + 3, d);
+constexpr int kAtomic = 1;
 #endif
-}
 
-// Adds to the gradient of N channels, in any order.
-template <int N, typename A> __device__ void add(A* p, const Pack<A, N>& pack, double) {
-  if constexpr (std::is_same_v<A, float> && N % 4 == 0) {
-#pragma unroll
-    for (int k = 0; k < N; k += 4)
-      add_four(p + k, pack.lanes[k], pack.lanes[k + 1], pack.lanes[k + 2], pack.lanes[k + 3]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) atomicAdd(p + k, pack.lanes[k]);
-  }
+// Adds to the gradient of W channels, one or kAtomic of them, in any order.
+template <int W, typename A> __device__ void add(A* p, const Pack<A, W>& share, double) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (W == 4)
+    atomicAdd(reinterpret_cast<float4*>(p), make_float4(share.lanes[0], share.lanes[1], share.lanes[2], share.lanes[3]));
+  else
+#endif
+    atomicAdd(p, share.lanes[0]);
 }
 
 // The same in fixed point, whose sums do not depend on the order: the result is the same every time.
-template <int N, typename A> __device__ void add(int64_t* p, const Pack<A, N>& pack, double scale) {
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p + k),
-              static_cast<unsigned long long>(__double2ll_rn(pack.lanes[k] * scale)));
+template <int W, typename A> __device__ void add(int64_t* p, const Pack<A, W>& share, double scale) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(p),
+            static_cast<unsigned long long>(__double2ll_rn(share.lanes[0] * scale)));
 }
 
 // grad_value is of type A, or int64 in units of 1 / *scale.
 template <typename T, int N, typename G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
 backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict__ grad_output,
                 G* __restrict__ grad_value, const double* __restrict__ scale, Compute<T>* __restrict__ grad_locations,
                 Compute<T>* __restrict__ grad_weights, int threads_of_group) {
   using A = Compute<T>;
-  __shared__ Pack<A, 4> positions[kGroups][kRow];  // dx, dy, attention weight, -
-  __shared__ int4 cells[kGroups][kRow];            // token, steps, inside, -
-  __shared__ Pack<A, 4> grads[kGroups][kRow];      // of the attention weight, of x and y over the attention weight, -
+  constexpr int W = std::is_same_v<G, float> && N % 4 == 0 ? kAtomic : 1;
+  // dx, dy, attention weight, inside; once used, the gradients of the weight and of x and y over the weight instead
+  __shared__ Pack<A, 4> samples[kGroups][kRow];
+  __shared__ int2 cells[kGroups][kRow];  // token, steps
   const Place place(problem, threads_of_group, N);
   const double unit = scale ? *scale : 1;
 
-  for (int first = 0; first < problem.samples; first += kChunk) {
-    __syncthreads();
-    for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
-      const Pack<A, 2> location = *reinterpret_cast<const Pack<A, 2>*>(problem.locations + 2 * at);
-      const Cell<A> cell =
-          locate(problem.levels, (first + sample) / problem.points, location.lanes[0], location.lanes[1]);
-      positions[group][sample] = {cell.dx, cell.dy, problem.weights[at], 0};
-      cells[group][sample] = make_int4(cell.token, cell.steps, cell.inside, 0);
-      grads[group][sample] = {0, 0, 0, 0};
-    });
-    __syncthreads();
+  for (int round = 0; round < place.rounds; ++round) {
+    // Neighbouring threads add to neighbouring channels, W of them at a time and then W * threads_of_group further on;
+    // the N channels that a thread reads in one go lie otherwise. So it holds the gradient of the output of both.
+    const int channel = (round * threads_of_group + place.lane) * N, step = threads_of_group * W;
+    const int first_added = round * threads_of_group * N + place.lane * W;
+    const bool in_use = place.group < place.groups, reads = in_use && channel < problem.channels;
+    const T* const value = problem.value + place.first_value + channel;
+    G* const sums = grad_value + place.first_value + first_added;
+    const T* const row = grad_output + place.row(in_use ? place.group : 0) * problem.channels;
+    Pack<T, N> grad = {};
+    Pack<T, N> added = {};
+    if (reads) grad = load<N>(row + channel);
+#pragma unroll
+    for (int k = 0; k < N / W; ++k)
+      if (in_use && first_added + k * step < problem.channels) *reinterpret_cast<Pack<T, W>*>(&added.lanes[k * W]) = load<W>(row + first_added + k * step);
 
-    const int n = min(kChunk, problem.samples - first);
-    for (int round = 0; round < place.rounds; ++round) {
-      const int channel = (round * threads_of_group + place.lane) * N;
-      const bool active = place.group < place.groups && channel < problem.channels;
-      Pack<A, N> grad = {};
-      if (active) grad = load<N>(grad_output + place.row(place.group) * problem.channels + channel);
+    for (int first = 0; first < problem.samples; first += kChunk) {
+      __syncthreads();
+      for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
+        const Pack<A, 2> location = *reinterpret_cast<const Pack<A, 2>*>(problem.locations + 2 * at);
+        const Cell<A> cell =
+            locate(problem.levels, (first + sample) / problem.points, location.lanes[0], location.lanes[1]);
+        samples[group][sample] = {cell.dx, cell.dy, problem.weights[at], static_cast<A>(cell.inside)};
+        cells[group][sample] = make_int2(cell.token, cell.steps);
+      });
+      __syncthreads();
+
+      const int n = min(kChunk, problem.samples - first);
       for (int i = 0; i < n; ++i) {
         A dots[4] = {};  // grad_output . value of each corner, this thread's channels
-        const Pack<A, 4> position = positions[place.group][i];
-        const int4 numbers = cells[place.group][i];
-        const Cell<A> cell{position.lanes[0], position.lanes[1], active ? numbers.z : 0, numbers.x, numbers.y};
-        if (cell.inside) {
-          const int64_t right = (cell.steps & 1) * place.stride, down = (cell.steps >> 1) * place.stride;
-          const int64_t at = place.first_value + channel + cell.token * place.stride;
-          Pack<A, N> values[4];  // all are read before anything is added
+        const Pack<A, 4> sample = samples[place.group][i];
+        const int2 numbers = cells[place.group][i];
+        keep(grad);
+        keep(added);
+        const int inside = in_use ? static_cast<int>(sample.lanes[3]) : 0;
+        const Cell<A> cell{sample.lanes[0], sample.lanes[1], inside, numbers.x, numbers.y};
+        if (inside) {
+          Pack<T, N> values[4] = {};  // all are read before anything is added
 #pragma unroll
-          for (int c = 0; c < 4; ++c) values[c] = load<N>(problem.value + at + (c & 1 ? right : 0) + (c & 2 ? down : 0));
+          for (int c = 0; c < 4; ++c)
+            if (reads) values[c] = load<N>(value + place.corner(c, cell.token, cell.steps));
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            if (!(cell.inside >> c & 1)) continue;
-            const A weight = cell.corner(c, position.lanes[2]);
-            Pack<A, N> share;
+            if (!(inside >> c & 1)) continue;
+            keep(values[c]);
 #pragma unroll
-            for (int k = 0; k < N; ++k) {
-              dots[c] += grad.lanes[k] * values[c].lanes[k];
-              share.lanes[k] = weight * grad.lanes[k];
+            for (int k = 0; k < N; ++k)
+              dots[c] += lane<A>(grad, k) * lane<A>(values[c], k);
+            const A weight = cell.corner(c, sample.lanes[2]);
+            G* const to = sums + place.corner(c, cell.token, cell.steps);
+#pragma unroll
+            for (int k = 0; k < N / W; ++k) {
+              Pack<A, W> share;
+#pragma unroll
+              for (int w = 0; w < W; ++w) share.lanes[w] = weight * lane<A>(added, k * W + w);
+              if (first_added + k * step < problem.channels) add<W>(to + k * step, share, unit);
             }
-            add<N>(grad_value + at + (c & 1 ? right : 0) + (c & 2 ? down : 0), share, unit);
           }
         }
         // The sum over the group's threads, a power of two of a warp's, in a fixed order
@@ -286,25 +321,21 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
           grad_x += __shfl_xor_sync(0xffffffff, grad_x, distance);
           grad_y += __shfl_xor_sync(0xffffffff, grad_y, distance);
         }
-        if (place.lane == 0) {
-          Pack<A, 4> sums = grads[place.group][i];
-          sums.lanes[0] += grad_weight;
-          sums.lanes[1] += grad_x;
-          sums.lanes[2] += grad_y;
-          grads[place.group][i] = sums;
-        }
+        __syncwarp();  // all threads of the group have read the sample
+        if (place.lane == 0) samples[place.group][i] = {grad_weight, grad_x, grad_y, 0};
       }
+      __syncthreads();
+      for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
+        const Pack<A, 4> grads = samples[group][sample];
+        const A weight = problem.weights[at];
+        const int level = (first + sample) / problem.points;
+        auto& grad_location = *reinterpret_cast<Pack<A, 2>*>(grad_locations + 2 * at);
+        const Pack<A, 2> before = round ? grad_location : Pack<A, 2>{};  // of the channels of the rounds before
+        grad_weights[at] = (round ? grad_weights[at] : 0) + grads.lanes[0];
+        grad_location = {before.lanes[0] + weight * problem.levels.columns[level] * grads.lanes[1],
+                         before.lanes[1] + weight * problem.levels.rows[level] * grads.lanes[2]};
+      });
     }
-    __syncthreads();
-    for_samples(problem, place, first, [&](int group, int sample, int64_t at) {
-      const Pack<A, 4> sums = grads[group][sample];
-      const A weight = positions[group][sample].lanes[2];
-      const int level = (first + sample) / problem.points;
-      const Pack<A, 2> grad_location{weight * problem.levels.columns[level] * sums.lanes[1],
-                                     weight * problem.levels.rows[level] * sums.lanes[2]};
-      grad_weights[at] = sums.lanes[0];
-      *reinterpret_cast<Pack<A, 2>*>(grad_locations + 2 * at) = grad_location;
-    });
   }
 }
 
@@ -324,7 +355,7 @@ template <typename T> struct Call {
     TORCH_CHECK(sizes.levels <= kLevels, "ms_deform_attn: level_shapes may hold ", kLevels, " levels on a GPU, got ",
                 sizes.levels);
     constexpr int64_t limit = 1 << 30;
-    TORCH_CHECK(std::max({sizes.queries, sizes.samples(), sizes.channels, sizes.heads}) <= limit,
+    TORCH_CHECK(std::max({sizes.queries, sizes.samples(), sizes.heads * sizes.channels}) <= limit,
                 "ms_deform_attn: sampling_locations and value have too many queries, heads, channels or samples, ",
                 locations.sizes(), " and ", value.sizes());
     problem = {data<const T>(value), data<const A>(locations), data<const A>(weights),

@@ -1,12 +1,68 @@
-"""Paths and threads for all tests: modules lie in the root, the golden data's recipe in tests/golden."""
+"""Paths and threads for all tests, a small data set, and training on it."""
 
 import os
+import signal
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "golden")]
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: runs are equal bit for bit at equal threads
 torch.set_num_threads(1)  # small tensors are slower with more; tests/test_golden.py takes more for its large ones
+
+from config import PRESETS  # noqa: E402
+from model import DIMaskDINO  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small generated data set in COCO's layout: 12 images to train on."""
+    from shapes import make_shapes
+
+    root = tmp_path_factory.mktemp("shapes")
+    make_shapes(root, train=12, val=4, size=64)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(shapes):
+    """train.py's main with these flags, in this process; arguments and the handlers of signals are put back."""
+
+    import train
+
+    def main(*flags):
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", "--data-root", str(shapes), *map(str, flags)])
+            try:
+                train.main()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    return main
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(run, tmp_path_factory):
+    """The folder of a run of 12 iterations, three to an epoch."""
+    from programs import SMALL
+
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    run("--output", output, *SMALL, "--save-every", 2)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """The path of a checkpoint of an untrained model of ten classes for images of 64 pixels."""
+    torch.manual_seed(0)
+    config = replace(PRESETS["tiny"], test_size=(64, 64))
+    classes = [f"kind {i}" for i in range(10)]
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
+    torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
+    return path

@@ -19,15 +19,15 @@
 #define __global__
 #define __grid_constant__
 #define __shared__ static
-#define __launch_bounds__(threads)
-#define __CUDA_ARCH__ 900
+#define __launch_bounds__(...)
+#define __CUDA_ARCH__ ARCHITECTURE  // from here on, not in torch's headers: 800, or 900 with its vector atomics
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
 
 using std::max;
 using std::min;
 
 namespace c10::cuda {
-struct CUDAGuard { explicit CUDAGuard(c10::Device) {} };
+struct CUDAGuard { template <typename T> explicit CUDAGuard(T) {} };
 inline int getCurrentCUDAStream() { return 0; }
 }  // namespace c10::cuda
 
@@ -118,6 +118,10 @@ template <typename T> const T* aligned(const T* p, size_t size) {
 #define blockDim (emulated::block_size)
 
 inline void __syncthreads() { emulated::wait(emulated::At::barrier); }
+inline void __syncwarp() {
+  ++emulated::threads[emulated::thread_index.x].shuffles;
+  emulated::wait(emulated::At::shuffle);
+}
 
 template <typename T> T __shfl_xor_sync(unsigned int mask, T value, int distance) {
   using namespace emulated;
@@ -130,12 +134,22 @@ template <typename T> T __shfl_xor_sync(unsigned int mask, T value, int distance
   return value;
 }
 
+struct cudaFuncAttributes {};
+inline constexpr int cudaSuccess = 0;
+template <typename Kernel> int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) { return cudaSuccess; }
+inline int cudaGetLastError() { return cudaSuccess; }
+
 struct int2 { int x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline int4 __ldg(const int4* p) { return *emulated::aligned(p, 16); }
 
 template <typename T> void atomicAdd(T* p, T value) { *p += value; }

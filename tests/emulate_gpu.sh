@@ -18,6 +18,9 @@ assert (includes, launches, keys) == (1, 2, 1), "tests/emulate_gpu.sh: the sourc
 open(sys.argv[1], "w").write(source)
 PYTHON
 compile csrc/*.cpp -o "$folder/_C.torch-$version.so"
-compile -O2 "$folder/emulated.cpp" -Itests -Icsrc -Wno-unknown-pragmas -o "$folder/_C_cuda.torch-$version.so"
-run_tests "cpu and not (compiles or float16_on_cpu)"
-echo "tests/emulate_gpu.sh: no report from the CUDA kernels"
+for architecture in 800 900; do  # without and with vector atomics
+  compile -O2 "$folder/emulated.cpp" "-DARCHITECTURE=$architecture" -Itests -Icsrc -Wno-unknown-pragmas \
+    -o "$folder/_C_cuda.torch-$version.so"
+  run_tests "cpu and not (compiles or float16_on_cpu)"
+  echo "tests/emulate_gpu.sh: no report from the CUDA kernels of architecture $architecture"
+done

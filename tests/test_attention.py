@@ -116,8 +116,6 @@ SHAPES = {  # B, Q, M, D, P, level shapes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_reference(shape, dtype, device):
-    if device == "cpu" and dtype == torch.float16:
-        pytest.skip("float16 is for GPUs")
     assert_like_reference(make_inputs(*shape, dtype=dtype, device=device), DTYPES[dtype])
 
 
@@ -142,8 +140,7 @@ def test_equals_reference_on_cell_edges(dtype, device):
     value, level_shapes, locations, weights = make_inputs(2, 60, 3, 32, 4, [(8, 4), (2, 16)], dtype=dtype)
     half_cells = torch.tensor([(width, height) for height, width in level_shapes], dtype=dtype)[:, None] * 2
     locations = (locations * half_cells).round() / half_cells
-    inputs = (value, level_shapes, locations, weights)
-    assert_like_reference(tuple(x.to(device) if torch.is_tensor(x) else x for x in inputs), DTYPES[dtype])
+    assert_like_reference((value.to(device), level_shapes, locations.to(device), weights.to(device)), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -179,7 +176,7 @@ def test_wild_locations_contribute_nothing(bad, dtype, function, device):
     value, level_shapes, locations, weights = make_inputs(2, 40, 2, 20, 3, [(5, 6), (0, 3), (1, 1)], dtype=dtype)
     wild = torch.rand(locations.shape) < 0.3
     locations[wild] = bad
-    inputs = [x.to(device) if torch.is_tensor(x) else x for x in (value, level_shapes, locations, weights)]
+    inputs = value.to(device), level_shapes, locations.to(device), weights.to(device)
     assert_like_reference(inputs, DTYPES[dtype], function)
     grad_output = torch.ones(2, 40, 40, dtype=dtype, device=device)
     output, _, grad_locations, _ = with_gradients(function, *inputs, grad_output)
@@ -345,7 +342,7 @@ def test_compiles_and_exports_without_a_graph_break(device):
     torch.testing.assert_close(compiled(*others), module(*others))
 
     exported = torch.export.export(module, (query, reference_points, tokens.detach(), level_shapes))
-    assert "dimaskdino.ms_deform_attn" in str(exported.graph)
+    assert "dimaskdino" not in str(exported.graph)  # programs that run it do not have the op
     torch.testing.assert_close(
         exported.module()(query, reference_points, tokens.detach(), level_shapes), expected.detach()
     )
@@ -355,11 +352,10 @@ class TwoLevels(torch.nn.Module):
     """Every cell of two maps (B, 16, H, W) samples both, at places and with weights made of its channels."""
 
     def forward(self, first, second):
-        maps = first, second
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in (first, second)], 1)
         heads = tokens.unflatten(2, (2, 8))
         locations = heads.unflatten(3, (2, 2, 2)).sigmoid()
-        return ms_deform_attn(heads, [x.shape[2:] for x in maps], locations, locations[..., 0])
+        return ms_deform_attn(heads, [first.shape[2:], second.shape[2:]], locations, locations[..., 0])
 
 
 TWO_SIZES = [
@@ -380,9 +376,9 @@ def test_sizes_may_be_symbolic():
     exported = torch.export.export(module, TWO_SIZES[0], dynamic_shapes=DYNAMIC)
     compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
     for maps in TWO_SIZES:
-        assert torch.equal(exported.module()(*maps), module(*maps))
+        torch.testing.assert_close(exported.module()(*maps), module(*maps))
         assert torch.equal(compiled(*maps), module(*maps))
-    assert "dimaskdino.ms_deform_attn" in str(exported.graph)
+    assert "dimaskdino" not in str(exported.graph)  # programs that run it do not have the op
     assert len(graphs) == 1 and "dimaskdino.ms_deform_attn" in graphs[0]
 
 

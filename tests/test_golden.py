@@ -242,7 +242,8 @@ def mask_loss_draws(system):
         for suffix, (layer, pairs) in sets.items():
             masks = torch.cat([masks[query] for masks, (query, _) in zip(layer["pred_masks"], pairs, strict=True)])
             wanted = torch.cat([t["masks"][index] for t, (_, index) in zip(targets, pairs, strict=True)])
-            found = [losses.mask_losses(masks, wanted, system.model.config.loss_points) for _ in range(DRAWS)]
+            args = [masks], [{"masks": wanted}], torch.arange(len(masks)), system.model.config.loss_points
+            found = [losses.mask_losses(*args).sum(1) for _ in range(DRAWS)]
             for name, values in zip(("loss_mask", "loss_dice"), zip(*found, strict=True), strict=True):
                 draws[name + suffix] = np.array(values) / count, groups if "dn" in suffix else 1
     return draws

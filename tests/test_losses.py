@@ -6,9 +6,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import losses
 from config import PRESETS
-from losses import SetCriterion, mask_losses, uncertain_points
+from losses import SetCriterion, mask_losses
 from matcher import sample_points
 from model import build_model
 
@@ -131,53 +135,73 @@ def bilinear(image, x, y):
 
 def test_mask_losses_equal_a_loop():
     torch.manual_seed(0)
-    logits, masks, P = torch.randn(3, 4, 6).double(), torch.rand(3, 16, 24) > 0.5, 40
+    P, index = 40, [2, 0, 1, 2]
+    logits, masks = torch.randn(4, 4, 6).double(), torch.rand(3, 16, 24) > 0.5
+    targets = [{"masks": masks[:2]}, {"masks": masks[2:]}]
     torch.manual_seed(1)
-    bce, dice = mask_losses(logits, masks, P)
+    found = mask_losses([logits[:1], logits[1:]], targets, torch.tensor(index), P)
     torch.manual_seed(1)
-    candidates = torch.rand(3, 3 * P, 2, dtype=torch.float64).numpy()
-    uniform = torch.rand(3, P // 4, 2, dtype=torch.float64).numpy()
-    expected_bce = expected_dice = 0.0
-    for n in range(3):
-        logit, mask = logits[n].numpy(), masks[n].double().numpy()
-        ranked = sorted(candidates[n], key=lambda point: abs(bilinear(logit, *point)))
-        points = [*ranked[: 3 * P // 4], *uniform[n]]
+    candidates = torch.rand(3 * P, 2, dtype=torch.float64).numpy()
+    uniform = torch.rand(P // 4, 2, dtype=torch.float64).numpy()
+    expected = []
+    for logit, n in zip(logits.numpy(), index, strict=True):
+        ranked = sorted(candidates, key=lambda point: abs(bilinear(logit, *point)))
+        points = [*ranked[: 3 * P // 4], *uniform]
         p = sigmoid(np.array([bilinear(logit, *point) for point in points]))
-        t = np.array([bilinear(mask, *point) for point in points])
-        expected_bce += (-t * np.log(p) - (1 - t) * np.log(1 - p)).mean()
-        expected_dice += 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
-    assert bce.item() == pytest.approx(expected_bce, rel=1e-9)
-    assert dice.item() == pytest.approx(expected_dice, rel=1e-9)
+        t = np.array([bilinear(masks[n].numpy(), *point) for point in points])
+        bce = (-t * np.log(p) - (1 - t) * np.log(1 - p)).mean()
+        expected.append((bce, 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)))
+    np.testing.assert_allclose(found.T, expected, rtol=1e-9)
 
 
 def test_mask_terms_are_those_of_the_matched_pairs(monkeypatch):
     outputs, targets = batch([3, 1], groups=2)
     calls = []
 
-    def record(logits, masks, num_points):
-        calls.append((logits, masks, num_points))
-        return logits.new_tensor(6.0), logits.new_tensor(2.0)
+    def record(logits, targets, index, num_points):
+        calls.append((logits, targets, index, num_points))
+        return torch.tensor([[6.0], [2.0]]).double().expand(-1, len(index))
 
     monkeypatch.setattr("losses.mask_losses", record)
     criterion = SetCriterion(CONFIG)
     criterion.matcher.cost_mask = criterion.matcher.cost_dice = 0
     terms = criterion(outputs, targets)
-    for name, term in terms.items():
+    for name, term in terms.items():  # 4 pairs in each set, 8 in those of denoising queries
         if "mask" in name or "dice" in name:
-            divisor = 8 if "_dn" in name else 4
-            assert term.item() == (6 if "mask" in name else 2) / divisor
-    assert len(calls) == 4 + 3  # the interaction layers have no masks
-    logits, masks, num_points = calls[0]
-    assert num_points == CONFIG.loss_points
+            assert term.item() == pytest.approx(6 if "mask" in name else 2)
+    ((logits, given, index, num_points),) = calls
+    assert given is targets and num_points == CONFIG.loss_points
+    assert [len(maps) for maps in logits] == [4] * 4 + [8] * 3  # the interaction layers have no masks
     pairs = [sorted(best_pairs(outputs, target, b)) for b, target in enumerate(targets)]
-    assert torch.equal(logits, torch.stack([outputs["pred_masks"][b, q] for b in range(2) for q, _ in pairs[b]]))
-    assert torch.equal(masks, torch.stack([targets[b]["masks"][n] for b in range(2) for _, n in pairs[b]]))
+    assert torch.equal(logits[0], torch.stack([outputs["pred_masks"][b, q] for b in range(2) for q, _ in pairs[b]]))
+    assert index[:4].tolist() == [n + (0, 3)[b] for b in range(2) for _, n in pairs[b]]
+    assert index[-8:].tolist() == [0, 1, 2, 0, 1, 2, 3, 3]  # query g * 3 + i is the i-th instance in group g
+    queries = outputs["dn_outputs"]["aux_outputs"][-1]["pred_masks"]
+    assert torch.equal(logits[-1], torch.cat([queries[0], queries[1, [0, 3]]]))
 
 
-def test_uncertain_points():
+@pytest.fixture
+def points_of(monkeypatch):
+    """Function that returns the points (N, num_points, 2) at which masks of these logits (N, h, w) are compared."""
+    calls = []
+
+    def record(maps, points):
+        calls.append(points)
+        return sample_points(maps, points)
+
+    def points_of(logits, num_points):
+        targets = [{"masks": torch.zeros(1, 8, 8, dtype=torch.bool)}]
+        mask_losses([logits], targets, torch.zeros(len(logits), dtype=torch.int64), num_points)
+        return calls[-1]
+
+    monkeypatch.setattr(losses, "sample_points", record)
+    return points_of
+
+
+def test_uncertain_points(points_of):
     torch.manual_seed(0)
     logits = torch.linspace(-5, 5, 64).repeat(2, 64, 1).double()  # 0 in the middle of x
-    points = uncertain_points(logits, 1000)
+    points = points_of(logits, 1000)
     assert points.shape == (2, 1000, 2) and points.dtype == torch.float64
     assert ((points >= 0) & (points <= 1)).all()
     values = sample_points(logits, points).abs()
@@ -189,18 +213,18 @@ def test_uncertain_points():
     assert abs(points[..., 1].mean() - 0.5) < 0.05
 
 
-def test_the_most_uncertain_points_are_picked():
+def test_the_most_uncertain_points_are_picked(points_of):
     torch.manual_seed(0)
     logits = torch.randn(3, 8, 8).double()
     torch.manual_seed(1)
-    points = uncertain_points(logits, 40)
+    points = points_of(logits, 40)
     torch.manual_seed(1)
-    candidates = torch.rand(3, 120, 2, dtype=torch.float64)
-    values = sample_points(logits, candidates).abs()
+    candidates = torch.rand(120, 2, dtype=torch.float64)
+    values = sample_points(logits, candidates[None]).abs()
     for n in range(3):
-        wanted = candidates[n, values[n].argsort()[:30]]
+        wanted = candidates[values[n].argsort()[:30]]
         assert {tuple(p) for p in points[n, :30].tolist()} == {tuple(p) for p in wanted.tolist()}
-        assert not {tuple(p) for p in points[n, 30:].tolist()} & {tuple(p) for p in candidates[n].tolist()}
+        assert not {tuple(p) for p in points[n, 30:].tolist()} & {tuple(p) for p in candidates.tolist()}
 
 
 def test_perfect_predictions_cost_little_and_bad_ones_much():
@@ -208,7 +232,7 @@ def test_perfect_predictions_cost_little_and_bad_ones_much():
     masks[:, 8:24, 8:24] = True
     good = torch.where(masks[:, ::4, ::4], 20.0, -20.0)
     for sign, low, high in ((1, 0, 3), (-1, 10, 50)):
-        bce, dice = mask_losses(sign * good, masks, 500)
+        bce, dice = mask_losses([sign * good], [{"masks": masks}], torch.arange(2), 500).sum(1)
         assert low < bce < high
         assert (dice < 1) if sign > 0 else (dice > 1)
 
@@ -260,3 +284,117 @@ def test_weights_name_exactly_the_terms(di):
     assert any("_di_" in name for name in criterion.weights) == di
     del outputs["dn_outputs"]
     assert set(criterion(outputs, targets)) == {name for name in criterion.weights if "_dn" not in name}
+
+
+def test_half_precision_outputs_give_the_terms_in_float32():
+    outputs, targets = batch([3, 1], groups=2)
+
+    def cast(x, dtype):
+        if isinstance(x, dict):
+            return {name: cast(value, dtype) for name, value in x.items()}
+        return [cast(y, dtype) for y in x] if isinstance(x, list) else x.to(dtype) if torch.is_tensor(x) else x
+
+    halved = cast(outputs, torch.bfloat16)
+    found = []
+    for same in (halved, cast(halved, torch.float32)):
+        torch.manual_seed(0)
+        found.append(SetCriterion(CONFIG)(same, targets))
+    assert all(term.dtype == torch.float32 for term in found[0].values())
+    assert found[0] == found[1]
+
+
+def test_points_depend_on_their_number_alone(monkeypatch):
+    """Matching and losses draw their points as the golden data of training steps needs it."""
+    outputs, targets = batch([3, 1], groups=2)
+    rand, shapes = torch.rand, []
+
+    def record(first, *shape, dtype, device):
+        shapes.append(shape)
+        return rand(1, *shape, dtype=dtype, device=device).expand(first, -1, -1)
+
+    monkeypatch.setattr(torch, "rand", record)
+    SetCriterion(CONFIG)(outputs, targets)
+    assert set(shapes) == {(40, 2), (120, 2), (10, 2)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["pred_logits", "pred_boxes", "pred_masks"])
+def test_predictions_that_are_not_finite_give_terms_that_are_not_finite(name, value):
+    outputs, targets = batch([3, 1], groups=2)
+    outputs[name] = torch.full_like(outputs[name], value)
+    terms = SetCriterion(CONFIG)(outputs, targets)
+    term = {"pred_logits": "loss_ce", "pred_boxes": "loss_bbox", "pred_masks": "loss_mask"}[name]
+    assert not terms[term].isfinite()
+    assert terms[term + "_0"].isfinite()
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls, and what waits on a GPU but does not raise on the device "meta": copies from the host, and
+    `prod`, whose backward pass reads a value.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.copies = 0, []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += 1
+        result = operator(*args, **(kwargs or {}))
+        sources, results = ([x for x in tree_leaves(y) if torch.is_tensor(x)] for y in ((args, kwargs), result))
+        copied = any(x.device.type == "cpu" for x in sources) or "prod" in str(operator)
+        if copied and any(x.device.type == "meta" for x in results):
+            self.copies.append(f"{operator} {[tuple(x.shape) for x in sources]}")
+        return result
+
+
+class Constants(TorchFunctionMode):
+    """Lists tensors on the device "meta" that are made of Python's numbers, so copied from the host."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        makers = (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.Tensor.new_tensor)
+        if function in makers and result.device.type == "meta":
+            self.copies.append(f"{function.__name__} {args}")
+        return result
+
+
+@pytest.mark.parametrize("counts", [[7, 7], [60, 60], [3, 0]])
+def test_operator_calls_and_waiting_of_the_host(counts, monkeypatch):
+    """At full size on the meta device, where reading any value raises, be it `.item()` or a boolean index."""
+    config = PRESETS["dimaskdino_r50"]
+    groups = 100 // max(counts)
+    layers = config.decoder_layers + 1
+
+    def meta(*shape):
+        return torch.empty(len(counts), *shape, device="meta", requires_grad=True)
+
+    def predictions(queries, masks=True):
+        found = {"pred_logits": meta(queries, 80), "pred_boxes": meta(queries, 4)}
+        return found | ({"pred_masks": meta(queries, 200, 272)} if masks else {})
+
+    *aux, outputs = (predictions(300) for _ in range(layers))
+    outputs |= {"aux_outputs": aux, "interm_outputs": predictions(600)}
+    outputs["di_outputs"] = [predictions(600, masks=False) for _ in range(config.interaction_layers)]
+    *aux, denoised = (predictions(groups * max(counts)) for _ in range(layers))
+    outputs["dn_outputs"] = denoised | {"aux_outputs": aux, "num_groups": groups}
+    targets = []
+    for n in counts:
+        shapes = {"labels": ([n], torch.int64), "boxes": ([n, 4], torch.float32), "masks": ([n, 800, 1088], torch.bool)}
+        targets.append({key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()})
+    transfers = []
+
+    def cpu(tensor):
+        transfers.append(tuple(tensor.shape))
+        return torch.zeros(tensor.shape)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    with Calls() as calls, Constants(calls.copies):
+        terms = SetCriterion(config)(outputs, targets)
+        torch.autograd.backward(list(terms.values()), [torch.ones((), device="meta")] * len(terms))
+    assert transfers == [(2, 7 * 300 + 3 * 600, max(counts))]  # the costs of all matchings
+    assert len(calls.copies) == 1, calls.copies  # the pairs
+    assert calls.count <= 1500

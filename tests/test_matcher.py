@@ -1,4 +1,4 @@
-"""The Hungarian matcher: costs against plain numpy, pairs against brute force, and what it sends to the host."""
+"""The Hungarian matcher: costs against plain numpy, pairs against brute force."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -74,14 +74,15 @@ def test_class_cost():
 
 def test_mask_costs():
     torch.manual_seed(0)
-    logits, masks = torch.randn(4, 50).double(), torch.rand(3, 50).double()
-    bce, dice = mask_costs(logits, masks)
+    logits, masks = torch.randn(1, 4, 50).double(), torch.rand(1, 3, 50).double()
+    bce, dice = mask_costs([logits[:, :1], logits[:, 1:]], masks)
+    assert bce.shape == dice.shape == (1, 4, 3)
     for q in range(4):
-        p = sigmoid(logits[q].numpy())
+        p = sigmoid(logits[0, q].numpy())
         for n in range(3):
-            t = masks[n].numpy()
-            assert bce[q, n] == pytest.approx((-t * np.log(p) - (1 - t) * np.log(1 - p)).mean(), rel=1e-12)
-            assert dice[q, n] == pytest.approx(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1), rel=1e-12)
+            t = masks[0, n].numpy()
+            assert bce[0, q, n] == pytest.approx((-t * np.log(p) - (1 - t) * np.log(1 - p)).mean(), rel=1e-12)
+            assert dice[0, q, n] == pytest.approx(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1), rel=1e-12)
 
 
 def test_sample_points_are_bilinear_and_zero_outside():
@@ -92,9 +93,13 @@ def test_sample_points_are_bilinear_and_zero_outside():
 
 def test_sample_masks_equals_sample_points():
     torch.manual_seed(0)
-    masks, points = torch.rand(3, 7, 5) > 0.5, torch.rand(3, 200, 2).double() * 1.4 - 0.2  # some outside
-    points[0, :4] = torch.tensor([[0, 0], [1, 1], [0, 1], [0.5, 0.5]])
-    torch.testing.assert_close(sample_masks(masks, points), sample_points(masks.double(), points), rtol=0, atol=1e-12)
+    masks, points = torch.rand(3, 7, 5) > 0.5, torch.rand(200, 2).double() * 1.4 - 0.2  # some outside
+    points[:4] = torch.tensor([[0, 0], [1, 1], [0, 1], [0.5, 0.5]])
+    found, expected = (
+        sample_masks([masks[:1], masks[1:1], masks[1:]], points),
+        sample_points(masks.double(), points[None]),
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_cost_is_the_weighted_sum_of_five_terms(monkeypatch):
@@ -104,8 +109,8 @@ def test_cost_is_the_weighted_sum_of_five_terms(monkeypatch):
     matcher, target = HungarianMatcher(CONFIG), targets[0]
     logits, boxes, masks = (value[0] for value in outputs.values())
     unmasked = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
-    predicted = sample_points(masks, points.expand(6, -1, -1))
-    bce, dice = mask_costs(predicted, sample_points(target["masks"].double(), points.expand(4, -1, -1)))
+    predicted, wanted = (sample_points(x, points)[None] for x in (masks, target["masks"].double()))
+    bce, dice = (cost[0] for cost in mask_costs([predicted], wanted))
     l1 = (boxes[:, None] - target["boxes"]).abs().sum(-1)
     expected = (
         4 * class_cost(logits[None], target["labels"][None])[0] + 5 * l1 - 2 * pairwise_giou(boxes, target["boxes"])
@@ -162,21 +167,27 @@ def test_mixed_dtypes():
     assert len(HungarianMatcher(CONFIG)(outputs, targets)[0][0]) == 3
 
 
-def test_one_transfer_to_the_host_per_prediction_set(monkeypatch):
-    """On the meta device every other read of a value, such as `.item()` or a boolean index, raises."""
-    outputs, targets = problem(6, [3, 0, 2])
-    outputs = {name: value.to("meta") for name, value in outputs.items()}
-    targets = [{name: value.to("meta") for name, value in target.items()} for target in targets]
-    shapes = []
+@pytest.mark.parametrize("counts", [[3, 1], [0, 2], [0, 0]])
+def test_several_sets_are_matched_as_each_alone(counts, monkeypatch):
+    sets, matcher = [problem(Q, counts, seed=Q)[0] for Q in (9, 5, 7)], HungarianMatcher(CONFIG)
+    del sets[0]["pred_masks"]
+    targets, points = problem(1, counts)[1], torch.rand(1, 200, 2, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
+    alone = [pair for outputs in sets for pair in matcher(outputs, targets)]
+    for found, expected in zip(matcher(sets, targets), alone, strict=True):
+        assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    costs = torch.cat([matcher.cost(outputs, targets) for outputs in sets], 1)
+    torch.testing.assert_close(matcher.cost(sets, targets), costs)
 
-    def cpu(tensor):
-        shapes.append(tuple(tensor.shape))
-        return torch.zeros(tensor.shape)
 
-    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
-    pairs = HungarianMatcher(CONFIG)(outputs, targets)
-    assert shapes == [(3, 6, 3)]  # the costs of all images, padded to the most targets
-    assert [len(query) for query, _ in pairs] == [3, 0, 2]
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_costs_that_are_not_finite_count_as_very_large(value):
+    outputs, targets = problem(6, [3])
+    outputs["pred_masks"][:, [0, 2, 4]] = value  # 1, 3 and 5 are left
+    ((query, index),) = HungarianMatcher(CONFIG)(outputs, targets)
+    assert query.tolist() == [1, 3, 5] and sorted(index.tolist()) == [0, 1, 2]
+    outputs["pred_masks"][:] = value
+    assert len(HungarianMatcher(CONFIG)(outputs, targets)[0][0]) == 3
 
 
 def test_matching_has_no_gradient():

@@ -268,6 +268,95 @@ def test_postprocess_does_not_clip_boxes_and_scores_empty_masks_zero():
     assert found["masks"][0].all() and not found["masks"][1].any()
 
 
+def all_at_once(outputs, image_sizes, output_sizes, topk):
+    """What `postprocess` finds, with all masks of an image at full size at a time."""
+    scores, picked = outputs["pred_logits"].sigmoid().flatten(1).topk(topk, dim=1)
+    classes, padded = outputs["pred_logits"].shape[-1], [4 * n for n in outputs["pred_masks"].shape[-2:]]
+    found = []
+    for b, ((height, width), size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
+        masks = outputs["pred_masks"][b, picked[b] // classes][:, None]
+        masks = F.interpolate(masks, padded, mode="bilinear", align_corners=False)[..., :height, :width]
+        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)[:, 0]
+        inside = masks > 0
+        quality = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)).to(masks) + 1e-6)
+        final, order = (scores[b] * quality).sort(descending=True, stable=True)
+        found.append((final, picked[b, order] % classes, inside[order]))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("queries", [1, 2, 3, 30])
+def test_postprocess_gives_the_same_bits_a_few_masks_at_a_time(monkeypatch, queries, dtype):
+    """And with a threshold the same without what is below it."""
+    outputs = {name: x.to(dtype) for name, x in made_up_outputs(Q=queries, classes=5, h=20, w=24).items()}
+    sizes, topk = ([(80, 90), (70, 96)], [(240, 270), (35, 48)]), min(20, 5 * queries)
+    expected = all_at_once(outputs, *sizes, topk)
+    for pixels in (2**24, 3 * 240 * 270, 1):
+        monkeypatch.setattr(model_module, "MASK_PIXELS", pixels)
+        for threshold in (0.0, 0.45, 1.0):
+            found = postprocess(outputs, *sizes, topk, threshold)
+            coded = postprocess(outputs, *sizes, topk, threshold, encode=list)
+            for detections, masks, (scores, labels, inside) in zip(found, coded, expected, strict=True):
+                above = scores >= threshold
+                assert torch.equal(detections["scores"], scores[above])
+                assert torch.equal(detections["labels"], labels[above])
+                assert torch.equal(detections["masks"], inside[above])
+                assert len(masks["masks"]) == above.sum() and all(map(torch.equal, masks["masks"], inside[above]))
+
+
+def test_postprocess_enlarges_few_masks_at_a_time_and_none_below_the_threshold(monkeypatch):
+    outputs, sizes, interpolate = made_up_outputs(B=1, Q=50), [], F.interpolate
+
+    def record(masks, *args, **kwargs):
+        sizes.append(len(masks))
+        return interpolate(masks, *args, **kwargs)
+
+    monkeypatch.setattr(model_module.F, "interpolate", record)
+    monkeypatch.setattr(model_module, "MASK_PIXELS", 4 * 320 * 480)
+    likely = (outputs["pred_logits"].sigmoid() >= 0.6).sum().item()
+    postprocess(outputs, [(32, 48)], [(320, 480)], score_threshold=0.6)
+    assert max(sizes) <= 4 and sum(sizes[::2]) == likely < 100
+
+
+def test_postprocess_in_half_precision_counts_every_pixel():
+    """float16 cannot hold areas above 65,504, and bfloat16 has 8 bits for a score."""
+    outputs = made_up_outputs(B=1, Q=4, classes=1)
+    outputs["pred_masks"] = (outputs["pred_masks"].abs() + 10).half()
+    (found,) = postprocess(outputs | {"pred_logits": outputs["pred_logits"].bfloat16()}, [(32, 48)], [(320, 480)])
+    expected = outputs["pred_logits"].bfloat16().float().sigmoid().flatten().sort(descending=True).values
+    assert found["scores"].dtype == torch.float32
+    torch.testing.assert_close(found["scores"], expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(PREDICTIONS))
+def test_postprocess_refuses_what_is_no_number(name):
+    outputs = made_up_outputs()
+    outputs[name][1, 2] = float("nan")
+    for threshold in (0.0, 0.99):
+        if name == "pred_logits" or threshold == 0:
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                postprocess(outputs, [(32, 48)] * 2, [(32, 48)] * 2, score_threshold=threshold)
+
+
+@pytest.mark.parametrize("images, found", [
+    (torch.rand(3, 64, 64), r"images: a tensor of shape \(3, 64, 64\)"),
+    (torch.rand(2, 4, 64, 64), r"images: a tensor of shape \(2, 4, 64, 64\)"),
+    (torch.rand(0, 3, 64, 64), "images: none"),
+    ([], "images: none"),
+    ("photo.jpg", "images: a str"),
+    ([torch.rand(3, 9, 9), torch.rand(1, 3, 9, 9)], r"images\[1\]: a tensor of shape \(1, 3, 9, 9\)"),
+    ([torch.rand(64, 64, 3)], r"images\[0\]: a tensor of shape \(64, 64, 3\)"),
+    ([torch.rand(3, 0, 64)], r"images\[0\]: a tensor of shape \(3, 0, 64\)"),
+    ([torch.zeros(3, 9, 9, dtype=torch.uint8)], r"images\[0\]: a tensor of torch.uint8.*divide by 255"),
+    ([torch.rand(3, 9, 9) * 255], r"images\[0\]: values from .* to 25.*divide by 255"),
+    (torch.rand(1, 3, 9, 9) * 5 - 2, "images: values from -1"),
+    ([torch.rand(3, 9, 9).numpy()], r"images\[0\]: a ndarray"),
+])  # fmt: skip
+def test_images_that_forward_does_not_take(images, found):
+    with pytest.raises(ValueError, match=found + r".*"):
+        small_model().eval()(images)
+
+
 def test_postprocess_enlarges_only_the_selected_masks(monkeypatch):
     outputs, sizes, interpolate = made_up_outputs(Q=50), [], F.interpolate
 

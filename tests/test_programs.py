@@ -1,4 +1,4 @@
-"""train.py, eval.py and predict.py, run as a user runs them, on good and on bad input."""
+"""train.py and eval.py, run as a user runs them, on good and on bad input."""
 
 import json
 import shutil
@@ -86,39 +86,6 @@ def test_eval_per_layer(trained, shapes, tmp_path):
     assert json.loads(out.read_text()) == {kind: scores[kind] for kind in ("box", "mask")}
 
 
-def test_predict_takes_every_kind_of_image(trained, tmp_path):
-    folder, output = tmp_path / "images", tmp_path / "out"
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    exif = picture.getexif()
-    exif[0x0112] = 6  # stored on its side
-    picture.save(folder / "rotated.jpg", exif=exif)
-    for mode in ("L", "RGBA", "P"):
-        picture.convert(mode).save(folder / f"{mode}.png")
-    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
-    Image.new("RGB", (3, 2)).save(folder / "L.bmp")  # far below 600 tokens; its overlay must not replace L.png's
-    run("predict.py", "--checkpoint", trained / "checkpoint.pt", "--output", output, "--score-threshold", 0, folder)
-    overlays = {path.name for path in output.glob("*.png")}
-    assert {"rotated.png", "L.png", "RGBA.png", "P.png", "16bit.png"} < overlays and len(overlays) == 6
-    upright = Image.open(output / "rotated.png")
-    assert upright.height > upright.width
-    results = json.loads((output / "detections.json").read_text())
-    assert {"image_id", "category_id", "bbox", "score", "segmentation"} <= results[0].keys()
-    sizes = {r["file_name"].rsplit("/", 1)[-1]: r["segmentation"]["size"] for r in results}
-    assert sizes["rotated.jpg"] == [70, 50] and sizes["L.bmp"] == [2, 3]
-    assert all(1 <= r["category_id"] <= 10 and 0 <= r["score"] <= 1 for r in results)
-
-
-def test_predict_goes_on_behind_an_unreadable_image(trained, shapes, tmp_path):
-    good = sorted((shapes / "images" / "val2017").iterdir())[0]
-    (tmp_path / "broken.jpg").write_bytes(good.read_bytes()[:200])
-    flags = ["--checkpoint", trained / "checkpoint.pt", "--output", tmp_path / "out"]
-    error = run("predict.py", *flags, tmp_path / "broken.jpg", good, ok=False)
-    assert "broken.jpg" in error
-    assert (tmp_path / "out" / f"{good.stem}.png").exists() and (tmp_path / "out" / "detections.json").exists()
-
-
 def test_images_without_annotations(shapes, tmp_path):
     """A data set trains and evaluates when some images have no annotation."""
 
@@ -156,6 +123,6 @@ def test_no_gpu(tmp_path):
     assert "cuda" in run("train.py", "--output", tmp_path / "out", "--device", "cuda", ok=False)
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py", "predict.py"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
 def test_help_ends_well(program):
     assert "--device" in run(program, "--help")

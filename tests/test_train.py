@@ -1,83 +1,33 @@
-"""train.py: schedules, sampling, gradients over batches and processes, exact resume, failures, starting points."""
+"""train.py: schedules, sampling, gradients over batches and processes, exact resume, failures, what it says."""
 
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
-import textwrap
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from programs import SMALL, Process, assert_same_run, checkpoint, group, log, program
+from torch.nn.parallel import DistributedDataParallel
 
 import train
-from backbone import ResNet
-from checkpoint import save_checkpoint
 from cli import open_split
-from config import Config, InputError
-from data import TrainSampler, collate, train_transform
+from config import InputError
+from data import TrainSampler, collate
+from eval import evaluate
+from images import DataError
 from losses import SetCriterion
 from model import build_model
-from shapes import make_shapes
-from train import backward, lr_factor, parse_arguments, plan
+from train import backward, lr_factor, make_schedule, parameter_groups, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--batch-size 4 --workers 0 --device cpu --epochs 4".split()
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A small generated data set in COCO's layout: 12 images to train on."""
-    root = tmp_path_factory.mktemp("shapes")
-    make_shapes(root, train=12, val=4, size=64)
-    return root
-
-
-@pytest.fixture
-def run(shapes, monkeypatch):
-    """train.py's main with these flags, in this process; the handlers of signals are put back."""
-
-    def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "coco", "--data-root", str(shapes), *map(str, flags)])
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            train.main()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    return main
-
-
-def program(*flags):
-    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def checkpoint(folder, name="checkpoint.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def log(folder):
-    """The entries of a log without what tells the time."""
-    times = "seconds", "images_per_second", "waiting"
-    entries = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name not in times} for entry in entries]
-
-
-def assert_same_run(folder, other):
-    """Weights, state of the optimizer and log are equal, bit for bit."""
-    ours, theirs = checkpoint(folder), checkpoint(other)
-    assert ours["iteration"] == theirs["iteration"]
-    for name, value in theirs["model"].items():
-        assert torch.equal(ours["model"][name], value), name
-    for key, state in theirs["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(ours["optimizer"]["state"][key][name], value)
-    assert log(folder) == log(other)
+CPU = torch.device("cpu")
 
 
 # Schedules
@@ -95,18 +45,52 @@ def assert_same_run(folder, other):
         ("--preset dimaskdino_r50 --schedule 12ep --batch-size 8 --lr 3e-4", (8, 177_000, [162_250], 3e-4)),
         ("--preset dimaskdino_r50 --epochs 2 --milestones 100 150", (16, 125, [100, 150], 1e-4)),
         ("--preset dimaskdino_r50", (16, 750, [688], 1e-4)),
+        ("--preset dimaskdino_r50 --lr 0", (16, 750, [688], 0)),
     ],
 )
 def test_schedules(flags, expected):
     """The published numbers for the published batch size, as many images for another; 1000 training images."""
-    schedule = plan(parse_arguments(flags.split()), num_images=1000)
+    schedule = make_schedule(parse_arguments(flags.split()), num_images=1000)
     assert (schedule.batch_size, schedule.iterations, schedule.milestones) == expected[:3]
     assert schedule.lr == pytest.approx(expected[3]) and schedule.backbone_lr == pytest.approx(0.1 * expected[3])
+
+
+def test_tiny_has_its_own_schedule():
+    schedule = make_schedule(parse_arguments([]), num_images=2000)
+    assert vars(schedule) == {
+        "batch_size": 16, "step_size": 16, "iterations": 1500, "milestones": [1200, 1425], "lr": 1e-3,
+        "backbone_lr": 1e-3, "warmup": 100,
+    }  # fmt: skip
+
+
+def test_zero_is_a_value():
+    schedule = make_schedule(parse_arguments("--warmup 0 --backbone-lr 0".split()), num_images=1000)
+    assert (schedule.warmup, schedule.backbone_lr, schedule.lr) == (0, 0, 1e-3)
 
 
 def test_learning_rate():
     factors = [lr_factor(i, milestones=[6, 8], warmup=3) for i in range(10)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_parameter_groups():
+    """Each parameter once; weight decay of all but norms and embeddings; a backbone of rate 0 is left out."""
+    model = build_model("tiny")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1e-3, 1e-4)
+    assert sorted(names.values()) == sorted(names[p] for settings in groups for p in settings["params"])
+    for settings in groups:
+        for name in map(names.get, settings["params"]):
+            assert settings["lr"] == settings["base_lr"] == (1e-4 if name.startswith("backbone") else 1e-3)
+            plain = "norm" in name or "embedding" in name or ".bn" in name
+            assert not (plain and settings["weight_decay"]), name
+    decays = {names[p]: settings["weight_decay"] for settings in groups for p in settings["params"]}
+    assert decays["encoder.level_embed"] == decays["backbone.body.conv1.weight"] == 0.05
+    assert decays["denoising.label_embedding.weight"] == decays["backbone.body.bn1.weight"] == 0
+    frozen = parameter_groups(model, 1e-3, 0)
+    assert {names[p] for settings in frozen for p in settings["params"]} == {
+        name for name in names.values() if not name.startswith("backbone")
+    }
 
 
 # Sampling
@@ -138,13 +122,23 @@ def test_sampling_goes_on_where_it_stopped():
     assert batches(6, num_images=7, batch_size=3, seed=0)[4:] == rest
 
 
+def test_another_split_draws_the_same_images():
+    """Images and their augmentations depend on the position in training, not on the batches it is cut into."""
+    whole = batches(4, num_images=7, batch_size=4, seed=0)
+    halves = batches(8, num_images=7, batch_size=2, seed=0)
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole
+
+
 # Gradients of a step, whatever it is made of
 
 
 @pytest.fixture
 def fixed_points(monkeypatch):
     """The same "random" numbers for every mask, so that a step's parts draw what the whole draws."""
+    fix_points(monkeypatch)
 
+
+def fix_points(patch):
     original = torch.rand
 
     def rand(*shape, **options):
@@ -153,21 +147,30 @@ def fixed_points(monkeypatch):
         numbers = original(shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return numbers.to(options["dtype"]).expand(shape).contiguous()
 
-    monkeypatch.setattr(torch, "rand", rand)
+    patch.setattr(torch, "rand", rand)
 
 
-def small_model():
+def small_model(**overrides):
     torch.manual_seed(0)
-    return build_model("tiny", noise_scale=0.0).double()
+    return build_model("tiny", **({"noise_scale": 0.0, "denoising_queries": 0} | overrides)).double()
 
 
 def samples(shapes, count=8):
     """A batch of augmented training images; float64, since equal sums in float32 differ in the seventh digit."""
-    args = parse_arguments(["--data", "coco", "--data-root", str(shapes)])
-    dataset = open_split(args, "train", train_transform(64, (0.8, 1.25)))
+    args = parse_arguments(["--data-root", str(shapes)])
+    dataset = open_split(args, "train", augmentation=(64, (0.8, 1.25)))
     torch.manual_seed(1)
     images, targets = collate([dataset[i] for i in range(count)])
     return [image.double() for image in images], [t | {"boxes": t["boxes"].double()} for t in targets]
+
+
+def first_instances(targets, *counts):
+    """Targets with so many of their instances, repeated where they are fewer."""
+    cut = []
+    for target, count in zip(targets, counts, strict=True):
+        index = torch.arange(count) % max(1, len(target["labels"]))
+        cut.append(target | {name: target[name][index] for name in ("labels", "boxes", "masks")})
+    return cut
 
 
 def gradients(parts, model=None, **options):
@@ -196,179 +199,127 @@ def test_accumulated_batches_are_one(shapes, fixed_points):
 
 def test_a_part_without_instances(shapes, fixed_points):
     images, targets = samples(shapes, 4)
-    for target in targets[2:]:
-        for name in ("labels", "boxes", "masks"):
-            target[name] = target[name][:0]
+    targets = first_instances(targets, 2, 2, 0, 0)
     whole, _ = gradients([(images, targets)])
     parts, _ = gradients([(images[i : i + 2], targets[i : i + 2]) for i in (0, 2)])
     assert_close(parts, whole)
     assert all(gradient is not None for gradient in parts.values())
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = [{root!r}, {tests!r}]
-torch.set_num_threads(1)
-import pytest, test_train as t
-from torch.nn.parallel import DistributedDataParallel
-from data import eval_transform
-from cli import open_split
-from eval import evaluate
-
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-with pytest.MonkeyPatch.context() as patch:
-    t.fixed_points.__wrapped__(patch)
-    images, targets = t.samples({shapes!r})
-    model = t.small_model()
-    share = lambda first: (images[first + rank : first + 4 : world], targets[first + rank : first + 4 : world])
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    terms, _ = t.backward(wrapped, t.SetCriterion(model.config), [share(0), share(4)])
-grads = {{name: parameter.grad for name, parameter in model.named_parameters()}}
-torch.manual_seed(0)
-model = t.build_model("tiny")
-args = t.parse_arguments(["--data", "coco", "--data-root", {shapes!r}])
-dataset = open_split(args, "val", eval_transform(64, 64))
-scores = evaluate(model, dataset, torch.device("cpu"), per_layer=True, batch_size=1)
-torch.save({{"grads": grads, "scores": scores, "loss": terms["loss"]}}, f"{output}/{{rank}}.pt")
-dist.destroy_process_group()
-"""
+def part_of_two(rank, shapes, output):
+    """What one of two processes makes of its share of several steps."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    images, targets = samples(shapes)
+    share = lambda first, targets: (images[first + rank : first + 4 : 2], targets[first + rank : first + 4 : 2])  # noqa: E731
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        fix_points(patch)
+        for name, instances, denoising in (("plain", targets, 0), ("equal", first_instances(targets, *[3] * 8), 30)):
+            model = small_model(denoising_queries=denoising)
+            terms, _ = backward(
+                DistributedDataParallel(model), SetCriterion(model.config), [share(0, instances), share(4, instances)]
+            )
+            found[name] = {n: p.grad for n, p in model.named_parameters()}, terms["loss"]
+    for name, counts in (("groups", (3, 40)), ("empty", (3, 0))):
+        model = small_model(denoising_queries=100)
+        groups = []
+        model.register_forward_hook(lambda *result: groups.append(result[-1].get("dn_outputs", {}).get("num_groups")))  # noqa: B023
+        batch = [images[rank]], first_instances(targets[rank : rank + 1], counts[rank])
+        backward(DistributedDataParallel(model), SetCriterion(model.config), [batch])
+        found[name] = groups, {n: p.grad for n, p in model.named_parameters()}
+    torch.manual_seed(0)
+    dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
+    found["scores"] = evaluate(build_model("tiny"), dataset, CPU, per_layer=True, batch_size=1)
+    torch.save(found, f"{output}.{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_are_one(shapes, fixed_points, tmp_path, monkeypatch):
-    """Two processes, two batches each, give the gradients of one batch of eight in one process, and the same AP."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), shapes=str(shapes), output=str(tmp_path))
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    whole, terms = gradients([samples(shapes)])
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for part in found:
-        assert_close(part["grads"], whole)
-    assert sum(float(part["loss"]) for part in found) / 2 == pytest.approx(float(terms["loss"]), rel=1e-6)
+    """Two processes, two batches each, give the gradients of one batch of eight in one process, and the same AP.
+
+    Denoising groups follow the images of each process: off, or with as many instances in every image, for the equality.
+    """
+    start = lambda rank, **options: Process(part_of_two, rank, str(shapes), str(tmp_path / "two"), **options)  # noqa: E731
+    for process in group(start, tmp_path / "process"):
+        assert process.wait() == 0, process.err
+    found = [torch.load(tmp_path / f"two.{rank}.pt") for rank in (0, 1)]
+    images, targets = samples(shapes)
+    for name, instances, denoising in (("plain", targets, 0), ("equal", first_instances(targets, *[3] * 8), 30)):
+        whole, terms = gradients([(images, instances)], small_model(denoising_queries=denoising))
+        assert ("loss_ce_dn" in terms) == (denoising > 0)
+        for part in found:
+            assert_close(part[name][0], whole)
+        assert sum(float(part[name][1]) for part in found) / 2 == pytest.approx(float(terms["loss"]), rel=1e-6)
+
+    assert [part["groups"][0] for part in found] == [[33], [2]]
+    assert [part["empty"][0] for part in found] == [[33], [None]]
+    for name in ("groups", "empty"):  # both have all gradients, the same ones
+        assert_close(found[0][name][1], found[1][name][1], rtol=0)
 
     monkeypatch.undo()
     torch.manual_seed(0)
-    model = build_model("tiny")
-    dataset = open_split(
-        parse_arguments(["--data", "coco", "--data-root", str(shapes)]), "val", train.eval_transform(64, 64)
-    )
-    scores = train.evaluate(model, dataset, torch.device("cpu"), per_layer=True, batch_size=1)
+    dataset = open_split(parse_arguments(["--data-root", str(shapes)]), "val", (64, 64))
+    scores = evaluate(build_model("tiny"), dataset, CPU, per_layer=True, batch_size=1)
     assert found[0]["scores"] == found[1]["scores"] == scores
-
-
-def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
-    """The program itself under torchrun: one log, one checkpoint, every image once."""
-    flags = ["--data", "coco", "--data-root", shapes, "--output", tmp_path / "out", *SMALL, "--epochs", 2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    entries = log(tmp_path / "out")
-    assert [entry["epoch"] for entry in entries if "box" in entry] == [1, 2]
-    assert checkpoint(tmp_path / "out")["iteration"] == 6
 
 
 # Resuming
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(shapes, tmp_path_factory):
-    """The folder of a run of 12 iterations, three to an epoch."""
-    output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    flags = ["--data", "coco", "--data-root", shapes, "--output", output, *SMALL, "--save-every", 2]
-    process = program(*flags)
-    assert process.returncode == 0, process.stderr
-    return output
+def killed_run(flags, moment, writes):
+    """train.py in a process that kills itself: after so many seconds, or half-way through its checkpoint `writes`, and
+    in any case at the second: no attempt gets farther, so that ten do not reach the end.
+    """
+    torch.set_num_threads(1)
+    save, count = torch.save, 0
+
+    def counted_save(content, file):
+        nonlocal count
+        count += 1
+        if count == writes:
+            save(content, file)
+            file.truncate(file.tell() // 2)
+            file.flush()
+        if count in (writes, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file)
+
+    torch.save = counted_save
+    if not writes:
+        threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    sys.argv = ["train.py", *flags]
+    train.main()
 
 
-# Runs train.py again and again, each time in a process that kills itself: at a random moment, or in the middle of
-# writing a checkpoint. A fork costs a tenth of the start of a new Python.
-KILLER = """
-import os, random, signal, sys, threading, time, traceback
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import train
-
-random.seed({seed})
-save = torch.save
-attempts = killed = while_writing = 0
-while True:
-    attempts += 1
-    moment, writes = random.uniform(0.1, {longest}), random.choice([None, None, 1, 2])
-    child = os.fork()
-    if child == 0:
-        if killed < {kills}:
-            count = 0
-            def counted_save(content, file):
-                global count
-                count += 1
-                if count == writes:
-                    save(content, file)
-                    file.truncate(file.tell() // 2)
-                    file.flush()
-                if count in (writes, 2):  # no attempt gets farther than one checkpoint: ten do not reach the end
-                    os.kill(os.getpid(), signal.SIGKILL)
-                save(content, file)
-            torch.save = counted_save
-            if not writes:
-                threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        sys.argv = ["train.py", *{flags!r}, "--resume"]
-        try:
-            train.main()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        killed += 1
-        while_writing += bool(writes)
-    elif os.WEXITSTATUS(status):
-        sys.exit("an attempt failed")
-    else:
-        break
-print(f"{{attempts}} attempts, {{killed}} killed, {{while_writing}} of them while writing")
-"""
-
-
-def test_killed_ten_times_and_resumed(shapes, uninterrupted, tmp_path):
+def test_killed_ten_times_and_resumed(run, shapes, uninterrupted, tmp_path):
     """Kill -9 at ten moments, some while a checkpoint is written: weights and log are the same, bit for bit."""
-    output = tmp_path / "out"
-    flags = ["--data", "coco", "--data-root", shapes, "--output", output, *SMALL, "--save-every", 1]
-    script = KILLER.format(root=str(ROOT), seed=0, kills=10, longest=2.0, flags=[str(flag) for flag in flags])
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    words = process.stdout.splitlines()[-1].split()
-    assert int(words[2]) == 10 and int(words[4]) >= 2, process.stdout
-    assert_same_run(output, uninterrupted)
-    assert not list(output.glob("*.tmp"))
+    flags = ["--output", tmp_path / "out", *SMALL, "--save-every", 1, "--resume"]
+    child = [str(flag) for flag in ["--data-root", shapes, *flags]]
+    draw, moments = random.Random(0), []
+    for _ in range(10):
+        moments.append((draw.uniform(0.1, 2.0), draw.choice([None, None, 1, 2])))
+        assert Process(killed_run, child, *moments[-1], output=tmp_path / "child").wait() == -signal.SIGKILL
+    assert sum(writes is not None for _, writes in moments) >= 2
+    run(*flags)
+    assert_same_run(tmp_path / "out", uninterrupted)
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_write_a_checkpoint(number, shapes, uninterrupted, tmp_path):
+def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path, capsys):
     """A signal ends the program cleanly, with a checkpoint behind the step that it came in, from which it goes on."""
     output = tmp_path / "out"
-    flags = ["--data", "coco", "--data-root", shapes, "--output", output, *SMALL, "--save-every", 2, "--workers", 1]
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not (output / "checkpoint.pt").exists():
-            time.sleep(0.05)
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(number)
-        out, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Traceback" not in error
-    assert "stopped after iteration" in out and "--resume" in out
+    flags = ["--output", output, *SMALL, "--save-every", 2, "--workers", 1]
+    process = program("train", "--data-root", shapes, *flags, output=tmp_path / "train")
+    process.until((output / "checkpoint.pt").exists)
+    process.signal(number)
+    assert process.wait() == 0 and "Traceback" not in process.err, process.err
+    assert "stopped after iteration" in process.out and "--resume" in process.out
     stopped = checkpoint(output)["iteration"]
     assert 2 <= stopped < 12
-    resumed = program(*flags, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming {output / 'checkpoint.pt'} after iteration {stopped}" in resumed.stdout
+    run(*flags, "--resume")
+    assert f"resuming {output / 'checkpoint.pt'} after iteration {stopped}" in capsys.readouterr().out
     assert_same_run(output, uninterrupted)
 
 
@@ -380,77 +331,73 @@ def test_last_two_and_best_are_kept(uninterrupted):
     best = evaluations[totals.index(max(totals))]
     assert checkpoint(uninterrupted, "best.pt")["iteration"] == best["iteration"]
     assert json.loads((uninterrupted / "eval.json").read_text())["box"] == evaluations[-1]["box"]
+    assert [entry["epoch"] for entry in evaluations] == [1, 2, 3, 4]
+    assert {path.name for path in uninterrupted.glob("*.png")} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
 
 
-def copy_of(folder, target):
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
+# Several processes
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsys):
-    output = copy_of(uninterrupted, tmp_path / "out")
-    (output / "checkpoint.pt").write_bytes((output / "checkpoint.pt").read_bytes()[:1000])
-    run("--output", output, *SMALL, "--save-every", 2, "--resume")
-    said = capsys.readouterr()
-    assert "checkpoint.pt" in said.err and f"resuming {output / 'previous.pt'} after iteration 10" in said.out
-    assert_same_run(output, uninterrupted)
-    for name in ("checkpoint.pt", "previous.pt"):
-        (output / name).write_bytes(b"PK")
-    with pytest.raises(InputError, match="previous.pt: not a readable checkpoint"):
-        run("--output", output, *SMALL, "--resume")
+def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
+    """The program itself under torchrun: one log, one checkpoint, every image once, and nothing but its own words."""
+    flags = ["--data-root", shapes, "--output", tmp_path / "out", *SMALL, "--epochs", 2, "--warmup", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    process = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "arning" not in process.stderr
+    entries = log(tmp_path / "out")
+    assert [entry["epoch"] for entry in entries if "box" in entry] == [1, 2]
+    assert checkpoint(tmp_path / "out")["iteration"] == 6
+    assert process.stdout.count("images of 10 classes to train on") == 1
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--batch-size 2", "batch_size 4 instead of 2"),
-        ("--seed 5", "seed 0 instead of 5"),
-        ("--accumulate 2", "accumulate 1 instead of 2"),
-        ("--no-augmentation", "augment True instead of False"),
-        ("--decoder-layers 2", "decoder_layers 3 instead of 2"),
-        ("--no-bato", "bato True instead of False"),
-        ("--selections 30", "selections"),
-    ],
-)
-def test_other_settings_are_not_resumed(flags, named, run, uninterrupted):
-    with pytest.raises(InputError, match=named):
-        run("--output", uninterrupted, *SMALL, "--resume", *flags.split())
+def two_programs(tmp_path, *flags, by_rank=None):
+    """train.py in two processes, by_rank[rank] being flags of one alone; their list."""
+    start = lambda rank, **options: program("train", *flags, *(by_rank or {}).get(rank, []), **options)  # noqa: E731
+    return group(start, tmp_path / "train")
 
 
-def test_a_longer_schedule_is_resumed(run, uninterrupted, tmp_path, capsys):
-    output = copy_of(uninterrupted, tmp_path / "out")
-    run("--output", output, *SMALL, "--epochs", 5, "--resume")
-    assert "the schedule has changed in iterations, milestones" in capsys.readouterr().out
-    assert checkpoint(output)["iteration"] == 15
+def test_nodes_that_differ(shapes, uninterrupted, tmp_path):
+    """One process has the checkpoint and the other has not: both end before the first step, and one says why."""
+    other = tmp_path / "other"
+    flags = ["--data-root", shapes, *SMALL, "--resume", "--output"]
+    processes = two_programs(tmp_path, *flags, by_rank={0: [uninterrupted], 1: [other, "--lr", 1]})
+    assert [process.wait() for process in processes] == [1, 1]
+    first, second = (process.err for process in processes)
+    assert (
+        "warning: iteration: 12 in process 0, 0 in process 1" in first and "warning: lr: 0.00025 in process 0" in first
+    )
+    assert "the processes differ in iteration, seconds, lr, backbone_lr" in first.splitlines()[-1]
+    assert "Traceback" not in first + second and "error" not in second and not other.exists()
 
 
-def test_nothing_to_resume(run, tmp_path, capsys):
-    run("--output", tmp_path / "out", *SMALL, "--resume", "--max-iterations", 1)
-    assert f"nothing to resume in {tmp_path / 'out'}: starting anew" in capsys.readouterr().out
-    assert checkpoint(tmp_path / "out")["iteration"] == 1
+def test_an_error_in_one_process_ends_all(shapes, tmp_path):
+    flags = ["--data-root", shapes, *SMALL, "--output", tmp_path / "out"]
+    processes = two_programs(tmp_path, *flags, by_rank={1: ["--init", tmp_path / "none.pt"]})
+    assert [process.wait() for process in processes] == [1, 1]
+    assert [process.err.count("error: ") for process in processes] == [0, 1]
+    assert "none.pt: no such checkpoint" in processes[1].err and "Traceback" not in processes[0].err + processes[1].err
 
 
-def test_full_disk(shapes, tmp_path):
-    """No room for a second checkpoint on a small disk: one clear line, and the first one still loads."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    try:
-        flags = ["--data", "coco", "--data-root", shapes, "--output", disk / "out", *SMALL, "--save-every", 1]
-        process = program(*flags)
-        assert process.returncode == 1 and "Traceback" not in process.stderr
-        [line] = [line for line in process.stderr.splitlines() if "error:" in line]
-        assert "checkpoint.pt: cannot be written" in line
-        assert checkpoint(disk / "out")["iteration"] == 1
-        assert not list((disk / "out").glob("*.tmp"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_signal_in_one_process_while_it_evaluates(shapes, tmp_path):
+    """All stop, with a checkpoint, and nobody waits for the one that is gone."""
+    output = tmp_path / "out"
+    flags = ["--data-root", shapes, *SMALL, "--output", output, "--test-size", 512, 512]
+    flags += [
+        "--val-json",
+        shapes / "annotations/instances_train2017.json",
+        "--val-images",
+        shapes / "images/train2017",
+    ]
+    processes = two_programs(tmp_path, *flags)
+    processes[1].until((output / "checkpoint.pt").exists)  # written at the end of the epoch; the evaluation is next
+    processes[1].signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].err
+    assert "stopped after iteration 3" in processes[0].out and "AP" not in processes[0].out
+    assert "Traceback" not in processes[0].err + processes[1].err
 
 
-# Steps that fail, precision, starting points
+# Steps that fail, precision, frozen parts
 
 
 def test_a_loss_that_is_not_finite(run, uninterrupted, tmp_path, monkeypatch):
@@ -466,14 +413,138 @@ def test_a_loss_that_is_not_finite(run, uninterrupted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SetCriterion, "forward", broken)
     with pytest.raises(InputError) as error:
-        run("--output", tmp_path / "out", *SMALL, "--save-every", 2)
+        run("--output", tmp_path / "out", *SMALL, "--save-every", 2, "--no-eval")
     assert "iteration 11: loss_giou_1 not finite" in str(error.value) and str(calls[10]) in str(error.value)
     before = checkpoint(tmp_path / "out", "nonfinite.pt")
     reference = checkpoint(uninterrupted, "previous.pt")  # behind iteration 10
     assert before["iteration"] == 10
     for name, value in reference["model"].items():
         assert torch.equal(before["model"][name], value), name
+    for key, state in reference["optimizer"]["state"].items():
+        assert torch.equal(before["optimizer"]["state"][key]["exp_avg_sq"], state["exp_avg_sq"])
+    assert before["window"].keys() == reference["window"].keys() and before["window"]["loss"].isfinite()
     assert checkpoint(tmp_path / "out")["iteration"] == 10
+
+
+def test_a_gradient_that_is_not_finite(run, tmp_path, monkeypatch):
+    """The step does not take place; with a scaler such gradients are expected, and only the step is left out."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, *args):
+        parameters = list(parameters)
+        parameters[0].grad.fill_(math.inf)
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(InputError, match="iteration 1: the gradient not finite"):
+        run("--output", tmp_path / "out", *SMALL, "--no-eval")
+    assert checkpoint(tmp_path / "out", "nonfinite.pt")["iteration"] == 0
+
+
+def test_rates_that_are_too_high(run, tmp_path):
+    """Training that diverges ends in the message, and not in a traceback of what cannot go on with its numbers."""
+    with pytest.raises(InputError, match="not finite on images .*nonfinite.pt.*lower --lr"):
+        run("--output", tmp_path / "out", *SMALL, "--epochs", 20, "--warmup", 0, "--lr", 1e4, "--no-eval")
+    assert checkpoint(tmp_path / "out", "nonfinite.pt")["iteration"] >= 1
+
+
+def test_precision(run, tmp_path):
+    """Activations in half precision, losses and weights in float32; the losses stay near those of float32."""
+    losses = {}
+    for precision in ("auto", "float32", "bfloat16", "published"):
+        output = tmp_path / precision
+        run("--output", output, *SMALL, "--max-iterations", 1, "--no-eval", "--precision", precision)
+        found = checkpoint(output)
+        assert all(value.dtype == torch.float32 for value in [*found["window"].values(), *found["model"].values()]
+                   if value.is_floating_point())  # fmt: skip
+        assert (found["scaler"] is not None) == (precision == "published")
+        losses[precision] = float(found["window"]["loss"])
+    assert losses["auto"] == losses["float32"]  # on the CPU
+    for precision in ("bfloat16", "published"):
+        assert losses[precision] != losses["float32"]
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_a_frozen_backbone(run, tmp_path, monkeypatch):
+    """--backbone-lr 0: no change, no gradient, evaluation mode; with all else as ever."""
+    modes, forward = [], train.DIMaskDINO.forward
+
+    def watched(self, *args, **options):
+        modes.append((self.training, self.backbone.training))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(train.DIMaskDINO, "forward", watched)
+    run("--output", tmp_path / "out", *SMALL, "--backbone-lr", 0, "--max-iterations", 2, "--no-eval")
+    torch.manual_seed(0)
+    before, after = build_model("tiny").state_dict(), checkpoint(tmp_path / "out")["model"]
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed and not any(name.startswith("backbone") for name in changed)
+    assert modes == [(True, False)] * 2
+
+
+# What is trained on, and what is said about it
+
+
+def test_three_lines_and_warnings(run, tmp_path, capsys):
+    output = tmp_path / "out"
+    run("--output", output, *SMALL, "--selections", "6,3", "--max-iterations", 2, "--accumulate", 2, "--no-eval")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    start = lines.index("12 images of 10 classes to train on, no evaluation")
+    assert lines[start + 1].startswith("2 iterations, 1.33 epochs; warm-up: 100; learning rate 0.0005, ")
+    assert lines[start + 2] == f"8 images an iteration, 4 x 1 processes x 2 batches; on cpu; output in {output}"
+    assert "warning: the warm-up takes 100 of 2 iterations" in printed.err
+    assert "of 12 images hold more instances than the model has queries, up to" in printed.err
+    assert not list(output.glob("*.png")) and not (output / "best.pt").exists() and not (output / "eval.json").exists()
+
+
+def changed_copy(shapes, target, change):
+    """The paths of annotation files that went through change(content, split), and the flags that name all files."""
+    flags = []
+    for split in ("train", "val"):
+        content = json.loads((shapes / f"annotations/instances_{split}2017.json").read_text())
+        change(content, split)
+        path = target / f"{split}.json"
+        path.write_text(json.dumps(content))
+        flags += [f"--{split}-json", str(path), f"--{split}-images", str(shapes / f"images/{split}2017")]
+    return flags
+
+
+def test_images_without_instances(shapes, tmp_path):
+    """They are background with --keep-empty, and are left out otherwise; both train."""
+
+    def change(content, split):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 4]
+
+    flags = [*changed_copy(shapes, tmp_path, change), "--no-eval", "--seed", "1"]
+    for number, more in ((8, []), (12, ["--keep-empty"])):
+        args = parse_arguments([*flags, *more, *SMALL, "--output", str(tmp_path / str(number))])
+        trainer = train.Trainer(args, CPU, 0, 1)
+        assert len(trainer.train_set) == number
+        trainer.run()
+        assert trainer.iteration == number and trainer.val_set is None
+
+
+def test_a_class_less_in_val(shapes, tmp_path):
+    """Classes are matched by name: AP does not depend on the ids that val gives them, or on the classes it lacks."""
+
+    def renumber(content, split):
+        if split == "val":
+            gone = content["categories"].pop(0)["id"]
+            content["annotations"] = [
+                a | {"category_id": 100 - a["category_id"]} for a in content["annotations"] if a["category_id"] != gone
+            ]
+            for category in content["categories"]:
+                category["id"] = 100 - category["id"]
+
+    def unknown(content, split):
+        content["categories"][0]["name"] += f" of {split}"
+
+    args = [*SMALL, "--output", str(tmp_path / "out")]
+    trainer = train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, renumber), *args]), CPU, 0, 1)
+    assert [trainer.train_set.classes[label] for label in trainer.labels] == trainer.val_set.classes
+    with pytest.raises(DataError, match="circle of val"):
+        train.Trainer(parse_arguments([*changed_copy(shapes, tmp_path, unknown), *args]), CPU, 0, 1)
 
 
 def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
@@ -482,84 +553,10 @@ def test_without_augmentation_images_are_as_in_the_evaluation(shapes, tmp_path):
     flags += ["--test-size", "48", "48", "--train-size", "96", "--output", str(tmp_path / "out")]
 
     def samples(*more):
-        trainer = train.Trainer(train.parse_arguments([*flags, *more]), torch.device("cpu"), 0, 1)
-        return train.SeededDataset(trainer.train_set)[3, 0], trainer.val_set[3]
+        trainer = train.Trainer(parse_arguments([*flags, *more]), CPU, 0, 1)
+        return trainer.train_set[3], trainer.val_set[3][0], trainer.val_set.ground_truth(3)[1]
 
-    (image, target), (expected, wanted) = samples("--no-augmentation")
+    (image, target), expected, truth = samples("--no-augmentation")
     assert image.shape == (3, 48, 48) and torch.equal(image, expected)
-    assert torch.equal(target["masks"], wanted["masks"]) and torch.equal(target["boxes"], wanted["boxes"])
+    assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
     assert samples()[0][0].shape == (3, 96, 96)
-
-
-def test_bfloat16(run, tmp_path):
-    """Activations in bfloat16, losses and weights in float32; the losses stay near those of float32."""
-    run("--output", tmp_path / "a", *SMALL, "--max-iterations", 1, "--precision", "bfloat16")
-    run("--output", tmp_path / "b", *SMALL, "--max-iterations", 1)
-    half, full = (checkpoint(tmp_path / name) for name in "ab")
-    assert all(value.dtype == torch.float32 for value in half["window"].values())
-    assert not torch.equal(half["window"]["loss"], full["window"]["loss"])
-    assert float(half["window"]["loss"]) == pytest.approx(float(full["window"]["loss"]), rel=0.05)
-    with pytest.raises(InputError, match="float16: needs a GPU"):
-        run("--output", tmp_path / "c", *SMALL, "--precision", "float16")
-
-
-def test_init_from_other_classes(run, shapes, uninterrupted, tmp_path, capsys):
-    """What fits is loaded; what belongs to classes starts anew where these differ; both are listed."""
-    source = checkpoint(uninterrupted)
-    run("--output", tmp_path / "same", *SMALL, "--init", uninterrupted / "checkpoint.pt", "--max-iterations", 1)
-    said = capsys.readouterr().out
-    assert f"{len(source['model'])} of {len(source['model'])} entries loaded" in said
-    source["classes"] = [f"other {name}" for name in source["classes"]]
-    save_checkpoint(tmp_path / "other.pt", source)
-    model = train.DIMaskDINO(Config(**source["config"]))
-    lines = train.load_init(model, tmp_path / "other.pt", ["a", "b"])
-    fresh = "heads.class_head.weight, heads.class_head.bias, label_embedding.weight"
-    assert fresh in lines[1] or set(fresh.split(", ")) <= set(lines[1].split(": ")[1].split(", "))
-    assert torch.equal(model.heads.box_head.layers[0].weight, source["model"]["heads.box_head.layers.0.weight"])
-    assert not torch.equal(model.heads.class_head.weight, source["model"]["heads.class_head.weight"])
-    save_checkpoint(tmp_path / "foreign.pt", source | {"model": {"weight": torch.zeros(3)}})
-    with pytest.raises(InputError, match="foreign.pt: nothing in it fits"):
-        train.load_init(model, tmp_path / "foreign.pt", ["a"])
-
-
-def test_backbone_weights_by_default(run, tmp_path, monkeypatch):
-    """Real training starts from ImageNet weights; where they cannot be loaded, the error says where to put them."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "torch.hub.download_url_to_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no network"))
-    )
-    flags = ["--output", tmp_path / "out", "--preset", "dimaskdino_r50", *SMALL]
-    with pytest.raises(InputError, match=f"no network.*put it into {tmp_path / 'cache'}.*--backbone-weights none"):
-        run(*flags)
-    assert not (tmp_path / "out").exists()
-    loaded = []
-    monkeypatch.setattr(train, "load_backbone_weights", lambda backbone, source, trust: loaded.append(source))
-    model = build_model("tiny", backbone="resnet50", frozen_batch_norm=True)
-    train.load_starting_point(model, parse_arguments([]), [])
-    assert isinstance(model.backbone, ResNet) and loaded == ["ResNet50_Weights.IMAGENET1K_V1"]
-    train.load_starting_point(model, parse_arguments(["--backbone-weights", "none"]), [])
-    assert len(loaded) == 1
-    model.config = train.PRESETS["dimaskdino_swin_l"]
-    with pytest.raises(InputError, match="swin_large_patch4_window12_384_22k.pth"):
-        train.load_starting_point(model, parse_arguments([]), [])
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--batch-size 0", "not a positive integer"),
-        ("--epochs x", "invalid positive value"),
-        ("--schedule 13ep", "invalid choice"),
-        ("--selections 30,60", "selections (30, 60)"),
-        ("--guidance t_s2 --no-di", "guidance t_s2"),
-        ("--resume --init x.pt", "x.pt"),
-    ],
-)
-def test_bad_flags(flags, message, shapes, tmp_path):
-    process = program("--data", "coco", "--data-root", shapes, *flags.split(), "--output", tmp_path / "out")
-    assert process.returncode != 0 and "Traceback" not in process.stderr
-    assert message in process.stderr.splitlines()[-1]
-
-
-def test_help_is_in_sentences():
-    assert textwrap.dedent(program("--help").stdout).startswith("usage: train.py")

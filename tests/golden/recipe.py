@@ -94,3 +94,13 @@ def targets(height, width, count, num_classes=80, seed=0):
     if not labels:
         return np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros((0, height, width), bool)
     return np.array(labels, np.int64), np.array(boxes), np.stack(masks)
+
+
+def uniform(first, *shape):
+    """A fixed float64 array (first, *shape) in [0, 1): `first` times the same values, the fractions of multiples of the
+    golden ratio. They depend on `shape` alone, so that images, instances and layers may be stacked in any way.
+
+    In `training_steps.npz` it takes the place of every torch.rand of the mask losses and of the matching.
+    """
+    values = np.modf(np.arange(1, int(np.prod(shape)) + 1) * 0.6180339887498949)[0].reshape(shape)
+    return np.broadcast_to(values, (first, *shape)).copy()

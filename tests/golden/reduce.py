@@ -39,7 +39,13 @@ def reduced(arrays):
 
 def main(source, destination):
     for path in sorted(source.glob("*.npz")):
-        np.savez_compressed(destination / path.name, **reduced(dict(np.load(path))))
+        arrays = dict(np.load(path))
+        if path.stem == "augmentation":  # blocks are compared to 1.5 of 255, boxes to 1e-3 of 1024
+            short = {np.dtype(np.float32): np.float16, np.dtype(np.float64): np.float32}
+            kept = {name: x.astype(short.get(x.dtype, x.dtype)) for name, x in arrays.items()}
+        else:
+            kept = reduced(arrays)
+        np.savez_compressed(destination / path.name, **kept)
     for path in sorted(source.glob("keys_*.json")):
         compact = json.dumps(json.loads(path.read_text()), separators=(",", ":"))
         (destination / f"{path.name}.gz").write_bytes(gzip.compress(compact.encode(), mtime=0))

@@ -1,0 +1,221 @@
+"""Segmentations and boxes of COCO files, checked and brought into one form."""
+
+import re
+from array import array
+from functools import partial
+from itertools import chain
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from images import DataError, short
+
+LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
+DOUBLES = partial(array, "d")
+
+
+class EmptyShape(ValueError):
+    """A segmentation that encloses nothing."""
+
+
+def check_segmentations(annotations, sizes):
+    """Bring segmentation and bbox of some annotations into one form, in place; returns [(kind, annotation, why)].
+
+    sizes: {image id: (height, width)}. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height,
+    those of the mask within the image where there is no box. The kinds of faults: REFUSED; LEFT_OUT, it encloses
+    nothing; TRIMMED, some of its polygons were left out; MISFIT, the box is not the mask's. Numbers are compared for
+    all annotations at once: one by one takes as long as reading the file.
+    """
+    faults = {}  # index of an annotation: (kind, why)
+    polygons, owners = [], []
+    bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
+    for index, annotation in enumerate(annotations):
+        try:
+            shape = list(map(DOUBLES, annotation["segmentation"]))
+            plain = min(map(len, shape)) >= 6
+        except (KeyError, TypeError, ValueError, OverflowError):
+            plain = False
+        if not plain:
+            try:
+                shape = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+            except EmptyShape as error:
+                faults[index] = LEFT_OUT, str(error)
+                continue
+            except DataError as error:
+                faults[index] = REFUSED, str(error)
+                continue
+            if isinstance(shape, dict):
+                x, y, width, height = mask_utils.toBbox(shape)
+                bounds[:, :, index] = (x, y), (x + width, y + height)
+                annotation["segmentation"] = shape
+                continue
+        annotation["segmentation"] = shape
+        polygons += shape
+        owners += [index] * len(shape)
+    lengths = np.fromiter(map(len, polygons), int, len(polygons))
+    for i in np.flatnonzero(lengths % 2):
+        faults[owners[i]] = REFUSED, f"polygon with an odd number of coordinates ({lengths[i]})"
+    boxes = _boxes(annotations, faults)
+    if all(kind != REFUSED for kind, _ in faults.values()):
+        if polygons:
+            _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
+        limits = array("d", chain.from_iterable(sizes[annotation["image_id"]] for annotation in annotations))
+        _compare(annotations, np.array(limits).reshape(-1, 2).T[::-1], bounds, boxes, faults)
+    return [(kind, annotations[index], why) for index, (kind, why) in sorted(faults.items())]
+
+
+def _measure(annotations, polygons, lengths, owners, bounds, faults):
+    """Set the bounds of the annotations' polygons and leave out polygons without area.
+
+    lengths: points of each polygon; owners: index of its annotation, ascending.
+    """
+    x, y = np.frombuffer(b"".join(polygons)).reshape(-1, 2).T.copy()
+    ends = np.cumsum(lengths)
+    starts, last = ends - lengths, ends - 1
+    with np.errstate(all="ignore"):
+        cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
+        cross[last] = x[last] * y[starts] - x[starts] * y[last]
+        areas = np.add.reduceat(cross, starts)
+    # A figure of eight may have no signed area either: flat is what lies on a line.
+    flat = [i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(polygons[i])]
+    for i in flat:
+        why = f"polygon {short(polygons[i].tolist())} has no area, expected three points or more, not on a line"
+        faults.setdefault(owners[i], (TRIMMED, why))
+    without = {id(polygons[i]) for i in flat}
+    for index in {owners[i] for i in flat}:
+        kept = [polygon for polygon in annotations[index]["segmentation"] if id(polygon) not in without]
+        annotations[index]["segmentation"] = kept
+        if not kept:
+            faults[index] = LEFT_OUT, faults[index][1]
+    solid = np.ones(len(polygons), bool)
+    solid[flat] = False
+    if solid.any():
+        having, first = np.unique(owners[solid], return_index=True)
+        for corner, ufunc in enumerate((np.minimum, np.maximum)):
+            for axis, numbers in enumerate((x, y)):
+                bounds[corner, axis, having] = ufunc.reduceat(ufunc.reduceat(numbers, starts)[solid], first)
+
+
+def _on_line(polygon):
+    points = np.array(polygon).reshape(-1, 2)
+    return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
+
+
+def _boxes(annotations, faults):
+    """The boxes (2, 2, n): x, y and width, height, NaN where there is none."""
+    boxes = [annotation.get("bbox") for annotation in annotations]
+    try:
+        numbers = array("d", chain.from_iterable(boxes)) if set(map(len, boxes)) == {4} else None
+    except (TypeError, OverflowError):
+        numbers = None
+    if numbers is None:
+        numbers = np.full((len(boxes), 4), np.nan)
+        for index, box in enumerate(boxes):
+            try:
+                numbers[index] = np.nan if box is None or box == [] else array("d", box)
+            except (TypeError, ValueError, OverflowError):
+                why = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
+                faults.setdefault(index, (REFUSED, why))
+    return np.array(numbers).reshape(-1, 4).T.reshape(2, 2, -1)
+
+
+def _compare(annotations, limits, bounds, boxes, faults):
+    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing."""
+    with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
+        far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
+        start, end = np.clip(bounds, 0, limits)
+        outside = ~(end > start).all(0)
+        missing = np.isnan(boxes).all((0, 1))
+        boxes = np.where(missing, (start, end - start), boxes)
+        origin, extent = boxes
+        empty = ~((extent > 0) & np.isfinite(origin + extent)).all(0)
+        # Each a pixel larger on all sides: what rounding can do is no fault.
+        common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
+        misfit = common < 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
+    for index in np.flatnonzero(missing):
+        annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
+    for found, kind, why in (
+        (far, REFUSED, "polygon with coordinates far outside its {} image ({})"),
+        (outside, LEFT_OUT, "its mask lies outside its {} image ({})"),
+        (empty, LEFT_OUT, "box {2} (x, y, width, height) has no area"),
+        (misfit, MISFIT, "box {2}, but the mask has {1}"),
+    ):
+        for index in np.flatnonzero(found):
+            if index not in faults or faults[index][0] == TRIMMED:
+                width, height = limits[:, index].astype(int)
+                mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[:, :, index].ravel())
+                faults[index] = kind, why.format(f"{width}x{height}", mask, short(annotations[index]["bbox"]))
+
+
+def _shape(segmentation, height, width):
+    """Polygons as arrays or compressed RLE of a segmentation in any form; DataError for what is neither."""
+    if isinstance(segmentation, dict):
+        return _rle(segmentation, height, width)
+    try:
+        polygons = _polygons([] if segmentation is None else segmentation)
+    except (TypeError, OverflowError):
+        expected = "expected RLE or polygons, lists of x, y, x, y, ..."
+        raise DataError(f"segmentation {short(segmentation)}, {expected}") from None
+    if not polygons:
+        raise EmptyShape("no segmentation")
+    return polygons
+
+
+def _polygons(segmentation):
+    """Polygons of a list of polygons, of one polygon, or of lists of [x, y] points; TypeError for what is neither."""
+    if not isinstance(segmentation, list):
+        raise TypeError
+    if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
+        return [array("d", chain(*segmentation))] if segmentation else []
+    if any(isinstance(inner, list) for inner in segmentation):
+        return [polygon for inner in segmentation for polygon in _polygons(inner)]
+    return [array("d", segmentation)]
+
+
+def _rle(segmentation, height, width):
+    """The compressed form of checked RLE."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width]:
+        raise DataError(f"RLE of size {short(size)}, but its image is {[height, width]} (height, width)")
+    try:
+        runs = np.array(counts) if isinstance(counts, list) else _runs(counts)
+        if runs.dtype.kind not in "if" or (runs % 1).any():
+            raise ValueError("not integers")
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"RLE with malformed counts {short(counts)}, expected run lengths or their string") from None
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise DataError(f"RLE whose counts do not add up to the {height * width} pixels of its image")
+    if not runs[1::2].any():
+        raise EmptyShape("RLE without a pixel")
+    if isinstance(counts, list):
+        segmentation = {"size": [height, width], "counts": runs.astype(int).tolist()}
+        return mask_utils.frPyObjects(segmentation, height, width)
+    return {"size": [height, width], "counts": counts}
+
+
+def _runs(counts):
+    """Run lengths (int64 array) of compressed RLE counts (str or bytes); ValueError or TypeError if malformed.
+
+    pycocotools reads past the end of a malformed string, so it must not see one. The format: base 32, five bits to a
+    character from "0" on, the least significant first, bit 5 = more follow, bit 4 of the last = negative; from the
+    fourth run on the number is the difference to the run two before.
+    """
+    counts = counts.encode("ascii") if isinstance(counts, str) else counts
+    if not re.fullmatch(rb"(?:[P-o]{0,6}[0-O])+", counts):
+        raise ValueError("not an RLE string")
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(digits < 32)  # of every number
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
+    runs = np.add.reduceat((digits & 31) << place, first)
+    runs -= np.where(digits[last] & 16, 32 << place[last], 0)
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs
+
+
+def mask_area(segmentation, height, width):
+    """Pixels of a mask in one of the forms of `check_segmentations`."""
+    if isinstance(segmentation, list):
+        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    return float(mask_utils.area(segmentation))

@@ -1,0 +1,139 @@
+"""Models and predictors by torch.hub, in this process and in one that has modules of the same names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from checkpoint import load_model
+from config import PRESETS
+from images import read_image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name, **arguments):
+    return torch.hub.load(str(ROOT), name, source="local", **arguments)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture that is stored on its side."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.png", exif=exif)
+    return tmp_path / "photo.png"
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_predictor_takes_every_form_of_an_image(tiny_checkpoint, photo):
+    detect = load("predictor", checkpoint=tiny_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
+    upright = read_image(photo, exif=True)
+    assert upright.shape == (3, 70, 50)
+    expected = predict.predict(load_model(tiny_checkpoint)[0], upright, "cpu", 0.001, 20)
+    assert expected["masks"].shape == (20, 70, 50) and detect.classes[3] == "kind 3"
+    array = upright.permute(1, 2, 0).numpy()
+    for image in (
+        photo,
+        str(photo),
+        Image.open(photo),
+        Image.fromarray(array),
+        array,
+        np.asfortranarray(array),
+        array[:, ::-1].copy()[:, ::-1],  # negative strides
+        upright,
+        upright / 255,
+        (upright / 255).double(),
+    ):
+        assert same(detect(image), expected)
+    grey = Image.open(photo).convert("L")
+    assert same(detect(grey), detect(grey.convert("RGB")))
+
+
+@pytest.mark.parametrize("image, found", [
+    (5, "a int"),
+    (None, "a NoneType"),
+    ([np.zeros((9, 9, 3), np.uint8)], "a list"),
+    (np.zeros((9, 9), np.uint8), r"an array of uint8, shape \(9, 9\)"),
+    (np.zeros((9, 9, 4), np.uint8), r"an array of uint8, shape \(9, 9, 4\)"),
+    (np.zeros((0, 9, 3), np.uint8), r"shape \(0, 9, 3\)"),
+    (np.zeros((9, 9, 3)), "an array of float64"),
+    (torch.zeros(1, 3, 9, 9), r"a tensor of torch.float32, shape \(1, 3, 9, 9\)"),
+    (torch.zeros(9, 9, 3), r"shape \(9, 9, 3\)"),
+    (torch.zeros(3, 9, 9, dtype=torch.int64), "a tensor of torch.int64"),
+    (torch.full((3, 9, 9), 200.0), "values from 200 to 200"),
+    (torch.full((3, 9, 9), float("nan")), "values from nan"),
+    (Image.new("F", (9, 9)), "a PIL image of mode F"),
+])  # fmt: skip
+def test_anything_else_gets_an_error_that_says_what_is_expected(tiny_checkpoint, image, found):
+    detect = load("predictor", checkpoint=tiny_checkpoint, device="cpu")
+    with pytest.raises(ValueError, match=found + r".*; expected a path, .*\(3, H, W\) RGB"):
+        detect(image)
+
+
+def test_a_predictor_of_wrong_arguments(tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="score_threshold 30: must be between 0 and 1"):
+        load("predictor", checkpoint=tiny_checkpoint, score_threshold=30)
+    with pytest.raises(ValueError, match="max_detections 0"):
+        load("predictor", checkpoint=tiny_checkpoint, max_detections=0)
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        load("predictor", checkpoint=tmp_path / "none.pt")
+    detect = load("predictor", checkpoint=tiny_checkpoint)
+    with pytest.raises(ValueError, match="none.jpg: no such image"):
+        detect(tmp_path / "none.jpg")
+
+
+def test_one_entry_for_every_preset():
+    with torch.device("meta"):
+        for preset, config in PRESETS.items():
+            model = load(preset)
+            assert model.config == config and model.classes is None and not model.training
+        model = load("dimaskdino_r50", classes=["cat", "dog"], decoder_layers=3)
+    assert (model.config.num_classes, model.config.decoder_layers, model.classes) == (2, 3, ["cat", "dog"])
+
+
+def test_a_model_of_a_checkpoint(tiny_checkpoint):
+    model = load("tiny", checkpoint=tiny_checkpoint, test_size=(32, 50))
+    assert model.classes[9] == "kind 9" and model.config.test_size == (32, 50)
+    weights = torch.load(tiny_checkpoint, weights_only=True)["model"]
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match="is no maskdino_r50, its backbone is resnet18"):
+        load("maskdino_r50", checkpoint=tiny_checkpoint)
+    with pytest.raises(ValueError, match="the checkpoint has its own"):
+        load("tiny", checkpoint=tiny_checkpoint, classes=["cat"])
+    with pytest.raises(ValueError, match="2 classes, but num_classes=3"):
+        load("tiny", classes=["cat", "dog"], num_classes=3)
+
+
+PROGRAM = """
+import sys, torch
+import data                                # the program's own, imported before
+detect = torch.hub.load(sys.argv[1], "predictor", source="local", checkpoint=sys.argv[2], score_threshold=0.0)
+first = detect(sys.argv[3])
+import model, config                       # its own, imported afterwards
+again = torch.hub.load(sys.argv[1], "predictor", source="local", checkpoint=sys.argv[2], score_threshold=0.0)
+assert torch.equal(first["scores"], again(sys.argv[3])["scores"]) and len(first["scores"]) == 100
+assert (data.NAME, model.NAME, config.NAME) == ("my data", "my model", "my config")
+import data
+assert data.NAME == "my data"
+"""
+
+
+def test_a_program_keeps_its_own_modules(tiny_checkpoint, photo, tmp_path):
+    """Our modules have names that others have too, and torch.hub puts our folder before theirs."""
+    for name in ("data", "model", "config"):
+        (tmp_path / f"{name}.py").write_text(f"NAME = 'my {name}'\n")
+    (tmp_path / "images").mkdir()  # a mere folder, as many have
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", ROOT, tiny_checkpoint, photo]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
