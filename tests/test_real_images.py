@@ -18,9 +18,11 @@ from shapes import make_shapes
 
 
 @pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """Checkpoints of Mask R-CNN have 400 MB, which need not reach the disk."""
+def quick(monkeypatch):
+    """Checkpoints of Mask R-CNN have 400 MB, which need not reach the disk; masks of 400 random detections are slow."""
     monkeypatch.setattr("checkpoint.os.fsync", lambda file: None)
+    build = mask_rcnn.build_mask_rcnn
+    monkeypatch.setattr(mask_rcnn, "build_mask_rcnn", lambda classes, samples=4, most=9: build(classes, samples, 9))
 
 
 PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scoring.main}
