@@ -1,9 +1,7 @@
-"""The paper's ablations, Tables 3-9: what every switch changes in the model and what not, and the hard shapes."""
+"""The paper's ablations, Tables 3-9: what every switch changes in the model and what not."""
 
-import json
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from config import Config, InputError
 from di import gather_tokens
 from losses import SetCriterion
 from model import build_model
-from shapes import HARD_SHAPES, SHAPES, draw_shapes, make_shapes
 
 SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
 SWITCHES = {
@@ -344,34 +341,3 @@ def test_a_checkpoint_of_another_configuration_is_refused(switch, tmp_path):
     with pytest.raises(InputError) as error:
         check_config("checkpoint.pt", checkpoint, build_model("tiny", **SMALL).config)
     assert all(name in str(error.value) for name in SWITCHES[switch])
-
-
-# The hard shapes
-
-
-def test_hard_shapes_fill_little_of_their_boxes():
-    share = {}
-    for hard in (False, True):
-        values = []
-        for i in range(30):
-            pixels, labels, masks = draw_shapes(np.random.default_rng([7, i]), 64, hard)
-            assert pixels.shape == (64, 64, 3) and len(labels) == len(masks) >= 1
-            assert masks.sum(0).max() <= 1 and masks.sum((1, 2)).min() >= 30  # visible parts
-            if hard:
-                assert set(labels) <= set(range(len(HARD_SHAPES)))
-            for mask in masks:
-                height, width = np.ptp(np.nonzero(mask), axis=1) + 1
-                values.append(mask.sum() / (height * width))
-        share[hard] = np.mean(values)
-    assert share[True] < share[False] - 0.03
-
-
-def test_hard_shapes_are_written_once(tmp_path):
-    make_shapes(tmp_path, train=2, val=1, hard=True)
-    path = tmp_path / "annotations" / "instances_train2017.json"
-    before, content = path.stat().st_mtime_ns, json.loads(path.read_text())
-    assert [c["name"] for c in content["categories"]] == list(HARD_SHAPES)
-    make_shapes(tmp_path, train=2, val=1, hard=True)
-    assert path.stat().st_mtime_ns == before
-    make_shapes(tmp_path, train=2, val=1)  # the other set, in the same folder
-    assert len(json.loads(path.read_text())["categories"]) == len(SHAPES)

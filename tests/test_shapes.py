@@ -1,5 +1,6 @@
 """The generated data sets: the same files every time, whole ones only, and annotations that fit what is drawn."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from coco import coco_paths
 from data import CocoInstances
 from images import DataError
-from shapes import SHAPES, _coverage, draw_shapes, make_shapes
+from shapes import HARD_SHAPES, SHAPES, _coverage, draw_shapes, make_shapes
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +92,31 @@ def test_every_class_fills_its_patch_and_has_its_own_silhouette():
         assert max(np.ptp(rows), np.ptp(columns)) >= 22  # of 32
         for b in silhouettes[:i]:
             assert np.minimum(a, b).sum() / np.maximum(a, b).sum() < 0.9
+
+
+def test_hard_shapes_fill_little_of_their_boxes():
+    share = {}
+    for hard in (False, True):
+        values = []
+        for i in range(30):
+            pixels, labels, masks = draw_shapes(np.random.default_rng([7, i]), 64, hard)
+            assert pixels.shape == (64, 64, 3) and len(labels) == len(masks) >= 1
+            assert masks.sum(0).max() <= 1 and masks.sum((1, 2)).min() >= 30  # visible parts
+            if hard:
+                assert set(labels) <= set(range(len(HARD_SHAPES)))
+            for mask in masks:
+                height, width = np.ptp(np.nonzero(mask), axis=1) + 1
+                values.append(mask.sum() / (height * width))
+        share[hard] = np.mean(values)
+    assert share[True] < share[False] - 0.03
+
+
+def test_hard_shapes_are_written_once(tmp_path):
+    make_shapes(tmp_path, train=2, val=1, hard=True)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    before, content = path.stat().st_mtime_ns, json.loads(path.read_text())
+    assert [c["name"] for c in content["categories"]] == list(HARD_SHAPES)
+    make_shapes(tmp_path, train=2, val=1, hard=True)
+    assert path.stat().st_mtime_ns == before
+    make_shapes(tmp_path, train=2, val=1)  # the other set, in the same folder
+    assert len(json.loads(path.read_text())["categories"]) == len(SHAPES)
