@@ -6,8 +6,6 @@ import math
 import sys
 from pathlib import Path
 
-from eval import draw_layers, save_layers  # noqa: F401, the bars per layer, for the studies and figures
-
 KINDS = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}  # of loss terms
 
 

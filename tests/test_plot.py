@@ -1,14 +1,12 @@
-"""experiments.plot on made logs: what the lines and bars show, and one clear line for what cannot be drawn."""
+"""experiments.plot on made logs: what the lines show, and one clear line for what cannot be drawn."""
 
 import json
 import sys
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import plot
-from experiments.plot import save_layers
 
 
 def scores(box, mask):
@@ -129,22 +127,3 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="pip install matplotlib") as end:
         plot.main()
     assert "\n" not in end.value.code
-
-
-def layer_scores(pairs):
-    return {"layers": [{"layer": i, "box": {"AP": b}, "mask": {"AP": m}} for i, (b, m) in enumerate(pairs)]}
-
-
-def test_picture_of_the_layers(tmp_path):
-    pytest.importorskip("matplotlib")
-    save_layers(layer_scores([(10.0, 20.0), (None, None), (25.0, 24.0)]), tmp_path / "eval.png")
-    with Image.open(tmp_path / "eval.png") as picture:
-        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    for colour in ((255, 127, 14), (31, 119, 180)):  # bars of box and mask
-        assert (colours == colour).all(1).sum() > 1000
-
-
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    save_layers(layer_scores([(10.0, 20.0)]), tmp_path / "eval.png")
-    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "eval.png").exists()

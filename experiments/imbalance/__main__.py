@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from config import PRESETS
-from experiments.plot import draw_layers
+from drawing import draw_layers
 from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
 from experiments.tables import ROWS, settings
 from shapes import make_shapes

@@ -10,22 +10,22 @@ import sys
 from pathlib import Path
 
 import torch
+from pycocotools import mask as mask_utils
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from cli import positive, run_program
 from coco import coco_paths, read_annotations
 from config import InputError
-from data import CocoInstances, eval_transform
-from eval import METRICS
+from data import CocoInstances
 from experiments.real_images.scoring import LIMITS, open_run
 from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
-from images import read_image
 
 FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"di-maskdino": "DI-MaskDINO (tiny)", "mask-dino": "Mask DINO (tiny)", "mask-rcnn": "Mask R-CNN (ResNet-18)"}
 MODULES = {"di-maskdino": [], "mask-dino": ["--no-di", "--no-bato"]}
 # More queries and sampled points than the preset has, for hundreds of small instances an image.
 TINY_FLAGS = "--preset tiny --selections 400,300 --loss-points 1024 --lr 0.0005"
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COLOURS = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4"]
 CALIBRATION = 60  # iterations, of which the last 20 are timed
 EVALUATIONS = 6  # along a run
@@ -179,6 +179,11 @@ def plot(runs, path):
     figure.savefig(path, dpi=130)
 
 
+def decode(mask):
+    """A mask (H, W) bool of one that may be RLE."""
+    return torch.from_numpy(mask_utils.decode(mask)).bool() if isinstance(mask, dict) else mask
+
+
 def draw(image, instances):
     """Masks and thin boxes over an image (3, H, W) uint8, each instance in another colour, without names."""
     if not len(instances["masks"]):
@@ -196,23 +201,19 @@ def pictures(args, output, count=4, threshold=0.5):
     detectors = {
         SYSTEMS[s]: open_run(output / f"{s}-0") for s in args.systems if (output / f"{s}-0/scores.json").exists()
     }
-    dataset = CocoInstances(*coco_paths(args.data_root, "val"), lambda image, target: (image, target), training=False)
+    dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, (args.size, 2 * args.size))
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     figure = Figure(figsize=(4 * (1 + len(detectors)), 4 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), 1 + len(detectors), squeeze=False)
     for index, panels in zip(chosen, grid, strict=True):
-        entry = dataset.coco.imgs[dataset.image_ids[index]]
-        image = read_image(dataset.image_dir / entry["file_name"])
-        segmentations = dataset.instances[dataset.image_ids[index]]
-        masks = [torch.from_numpy(dataset.coco.annToMask(a)).bool() for a in segmentations]
-        boxes = torch.tensor([a["bbox"] for a in segmentations]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.bool)
-        columns = {f"ground truth: {len(masks)}": {"boxes": boxes, "masks": masks}}
-        for name, (detector, test_size) in detectors.items():
-            [found] = detector([eval_transform(*test_size)(image)], [image.shape[1:]])[-1]
-            keep = found["scores"] >= threshold
-            columns[f"{name}: {int(keep.sum())}"] = {"boxes": found["boxes"][keep], "masks": found["masks"][keep]}
+        image, truth = dataset.ground_truth(index)
+        columns = {f"ground truth: {len(truth['masks'])}": truth}
+        for name, (detector, _) in detectors.items():
+            [found] = detector([image / 255], [image.shape[1:]])[-1]
+            best = range(int((found["scores"] >= threshold).sum()))  # they are in the order of their scores
+            masks = [decode(found["masks"][i]) for i in best]
+            masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.bool)
+            columns[f"{name}: {len(best)}"] = {"boxes": found["boxes"][: len(best)], "masks": masks}
         for axes, (title, instances) in zip(panels, columns.items(), strict=True):
             axes.imshow(draw(image, instances).permute(1, 2, 0).numpy())
             axes.set_title(title, fontsize=11)
@@ -278,7 +279,7 @@ def main():
     path.write_text(json.dumps(settings) + "\n")
     if args.choose:
         args.data_root = split_training_images(args, output)
-    train_set = CocoInstances(*coco_paths(args.data_root, "train"), None, training=True)
+    train_set = CocoInstances(*coco_paths(args.data_root, "train"), training=True)
     epochs = measure_epochs(args, output, len(train_set))
     work = [(system, seed, output / f"{system}-{seed}") for seed in range(args.seeds) for system in args.systems]
     run_all([(f, "eval.json", training_command(args, system, f, seed, epochs[system])) for system, seed, f in work],

@@ -9,20 +9,19 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import read_checkpoint, read_log, save_checkpoint
 from cli import positive, run_program
-from coco import coco_paths
+from coco import coco_paths, coco_results
 from config import InputError
-from data import CocoInstances, SeededDataset, TrainSampler, collate, eval_transform, seed_of, train_transform
-from eval import average_precision, coco_results
-from train import lr_factor, read_log
+from data import CocoInstances, seed_of, train_batches
+from eval import average_precision
+from train import lr_factor
 
 WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedule of preset tiny
 LOG_EVERY, SAVE_EVERY = 20, 100  # iterations
@@ -79,9 +78,10 @@ def evaluate(model, dataset):
     """Box and mask AP as eval.py's `evaluate` returns them."""
     results = []
     for image, target in dataset:
-        [detections] = detect(model, [image.as_subclass(torch.Tensor)], [target["original_size"]])
+        [detections] = detect(model, [image], [target["original_size"]])
         results += coco_results(detections, target["image_id"], dataset.category_ids)
-    return average_precision(dataset.coco, results, dataset.image_ids)
+    scores = average_precision(dataset.coco, results, dataset.image_ids)
+    return {kind: scores[kind] for kind in ("box", "mask")}
 
 
 def step(model, optimizer, images, targets):
@@ -127,9 +127,9 @@ class Run:
 
     def __init__(self, args):
         self.args, self.output = args, Path(args.output)
-        transform = train_transform(args.train_size, args.train_scale)
-        self.train_set = CocoInstances(*coco_paths(args.data_root, "train"), transform, training=True)
-        self.val_set = CocoInstances(*coco_paths(args.data_root, "val"), eval_transform(*args.test_size), False)
+        augmentation = args.train_size, args.train_scale
+        self.train_set = CocoInstances(*coco_paths(args.data_root, "train"), True, augmentation=augmentation)
+        self.val_set = CocoInstances(*coco_paths(args.data_root, "val"), False, args.test_size)
         self.total = math.ceil(args.epochs * len(self.train_set) / args.batch_size)
         torch.manual_seed(args.seed)
         self.model = build_mask_rcnn(len(self.train_set.classes), args.samples)
@@ -166,24 +166,27 @@ class Run:
         """Write AP to the log, and at the end of training to eval.json, which says that the run has finished."""
         scores = evaluate(self.model, self.val_set)
         self.write(scores)
-        print(f"iteration {self.iteration}: {scores} after {self.seconds:.0f} s", flush=True)
+        box, mask = (scores[kind]["AP"] for kind in ("box", "mask"))
+        print(f"iteration {self.iteration}: box AP {box}, mask AP {mask} after {self.seconds:.0f} s", flush=True)
         if self.iteration == self.total:
             (self.output / "eval.json").write_text(json.dumps(scores) + "\n")
 
     def train(self):
         args, stop = self.args, min(self.total, self.args.max_iterations or self.total)
-        sampler = TrainSampler(len(self.train_set), args.batch_size, args.seed, self.iteration * args.batch_size)
-        batches = iter(DataLoader(SeededDataset(self.train_set), batch_sampler=sampler, collate_fn=collate))
+        batches = train_batches(
+            self.train_set, args.batch_size, args.seed, self.iteration * args.batch_size, 0, 1, 0, False
+        )
         if self.ends_epoch() and (self.iteration not in self.evaluated or self.iteration == self.total):
             self.evaluate()  # was interrupted in it
         since = self.seconds
         while self.iteration < stop:
             start = time.perf_counter()
+            batch = next(batches)  # before the seed: a loader that starts draws a random number
             torch.manual_seed(seed_of(args.seed, 2, self.iteration))
             for group in self.optimizer.param_groups:
                 milestones = [round(drop * self.total) for drop in DROPS]
                 group["lr"] = args.lr * lr_factor(self.iteration, milestones, WARMUP)
-            terms = step(self.model, self.optimizer, *next(batches))
+            terms = step(self.model, self.optimizer, *batch)
             self.iteration += 1
             self.seconds += time.perf_counter() - start
             if self.iteration % LOG_EVERY == 0 or self.iteration == self.total:

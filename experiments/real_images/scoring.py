@@ -3,20 +3,17 @@ python -m experiments.real_images.scoring RUN --data-root DIR.
 """
 
 import argparse
-import contextlib
-import io
 import json
 from functools import partial
 from pathlib import Path
 
 import torch
-from pycocotools.cocoeval import COCOeval
 
 from checkpoint import load_model, read_checkpoint
 from cli import run_program
-from coco import coco_paths
-from data import CocoInstances, eval_transform
-from eval import METRICS, coco_results
+from coco import coco_paths, coco_results, encode_masks
+from data import CocoInstances
+from eval import average_precision
 from experiments.real_images import mask_rcnn
 from model import postprocess
 
@@ -42,48 +39,24 @@ def open_run(folder):
 
 @torch.inference_mode()
 def detect_layers(model, images, output_sizes):
-    """Detections of our models per layer and image, all queries."""
+    """Detections of our models per layer and image, all queries; masks as RLE."""
     outputs = model(images, all_layers=True)
     sizes = [image.shape[1:] for image in images], output_sizes
-    return [postprocess(layer, *sizes, topk=max(LIMITS)) for layer in (*outputs["aux_outputs"], outputs)]
-
-
-def average_precision_at(coco, results, image_ids, limit):
-    """{"box": {metric: percent}, "mask": {...}} with at most `limit` detections per image; None as in eval.py."""
-    scores = {}
-    for name, kind in (("box", "bbox"), ("mask", "segm")):
-        if not results:
-            scores[name] = dict.fromkeys(METRICS, 0.0)
-            continue
-        with contextlib.redirect_stdout(io.StringIO()):
-            drop = "segmentation" if kind == "bbox" else "bbox"  # as in eval.py: else boxes come from the masks
-            detected = coco.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
-            evaluation = COCOeval(coco, detected, kind)
-            evaluation.params.imgIds = image_ids
-            evaluation.params.maxDets = [limit]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        precision = evaluation.eval["precision"][..., -1]  # IoU thresholds, recalls, classes, sizes
-        chosen = [
-            precision[..., 0],
-            precision[0, ..., 0],
-            precision[5, ..., 0],
-            *(precision[..., i] for i in (1, 2, 3)),
-        ]
-        values = [values[values > -1] for values in chosen]
-        scores[name] = {m: 100 * float(v.mean()) if v.size else None for m, v in zip(METRICS, values, strict=True)}
-    return scores
+    return [
+        postprocess(layer, *sizes, topk=max(LIMITS), encode=encode_masks)
+        for layer in (*outputs["aux_outputs"], outputs)
+    ]
 
 
 def score(detector, dataset):
-    """{"100": [AP of each layer, as `average_precision_at`], "400": [...]} of a detector of `open_run`."""
+    """{"100": [AP of each layer, as `average_precision` gives it], "400": [...]} of a detector of `open_run`."""
     results = None
     for image, target in dataset:  # one at a time: padding would change what a model sees
-        layers = detector([image.as_subclass(torch.Tensor)], [target["original_size"]])
+        layers = detector([image], [target["original_size"]])
         results = results or [[] for _ in layers]
         for found, [detections] in zip(results, layers, strict=True):
             found += coco_results(detections, target["image_id"], dataset.category_ids)
-    return {str(limit): [average_precision_at(dataset.coco, found, dataset.image_ids, limit) for found in results]
+    return {str(limit): [average_precision(dataset.coco, found, dataset.image_ids, limit) for found in results]
             for limit in LIMITS}  # fmt: skip
 
 
@@ -98,7 +71,7 @@ def main():
     args = parse_arguments()
     torch.set_num_threads(1)
     detector, test_size = open_run(args.run)
-    dataset = CocoInstances(*coco_paths(args.data_root, "val"), eval_transform(*test_size), training=False)
+    dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, test_size)
     (Path(args.run) / "scores.json").write_text(json.dumps(score(detector, dataset)) + "\n")
 
 
