@@ -170,7 +170,8 @@ def choose_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
     try:
-        torch.ones(1, device=device).item()
+        if device.type not in ("cpu", "cuda"):
+            torch.ones(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None

@@ -261,12 +261,12 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
     const T* const value = problem.value + place.first_value + channel;
     G* const sums = grad_value + place.first_value + first_added;
     const T* const row = grad_output + place.row(in_use ? place.group : 0) * problem.channels;
-    Pack<T, N> grad = {};
-    Pack<T, N> added = {};
+    Pack<T, N> grad = {}, added = {};
     if (reads) grad = load<N>(row + channel);
 #pragma unroll
     for (int k = 0; k < N / W; ++k)
-      if (in_use && first_added + k * step < problem.channels) *reinterpret_cast<Pack<T, W>*>(&added.lanes[k * W]) = load<W>(row + first_added + k * step);
+      if (in_use && first_added + k * step < problem.channels)
+        reinterpret_cast<Pack<T, W>&>(added.lanes[k * W]) = load<W>(row + first_added + k * step);
 
     for (int first = 0; first < problem.samples; first += kChunk) {
       __syncthreads();
@@ -298,8 +298,7 @@ backward_kernel(const __grid_constant__ Problem<T> problem, const T* __restrict_
             if (!(inside >> c & 1)) continue;
             keep(values[c]);
 #pragma unroll
-            for (int k = 0; k < N; ++k)
-              dots[c] += lane<A>(grad, k) * lane<A>(values[c], k);
+            for (int k = 0; k < N; ++k) dots[c] += lane<A>(grad, k) * lane<A>(values[c], k);
             const A weight = cell.corner(c, sample.lanes[2]);
             G* const to = sums + place.corner(c, cell.token, cell.steps);
 #pragma unroll

@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsy
     assert_same_run(output, uninterrupted)
     for name in ("checkpoint.pt", "previous.pt"):
         (output / name).write_bytes(b"PK")
-    with pytest.raises(InputError, match="previous.pt: not a readable checkpoint"):
+    with pytest.raises(InputError, match="previous.pt: is a text, not weights"):
         run("--output", output, *SMALL, "--resume")
 
 

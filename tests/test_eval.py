@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 import eval as evaluation
 from coco import coco_results, encode_masks
 from config import PRESETS, InputError
-from data import CocoInstances, eval_transform
+from data import CocoInstances
 from images import DataError
 from model import DIMaskDINO
 from shapes import make_shapes
@@ -430,7 +430,7 @@ def test_classes_are_matched_by_name(squares, run):
 
 
 def oracle_and_data(folder):
-    data = CocoInstances(folder / "val.json", folder / "images", eval_transform(64, 64), training=False)
+    data = CocoInstances(folder / "val.json", folder / "images", training=False, test_size=(64, 64))
     return Oracle(folder / "val.json", NAMES), data
 
 
