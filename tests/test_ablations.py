@@ -333,11 +333,11 @@ def test_weights_of_another_architecture_are_refused(switch, setting, tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(switch, tmp_path):
     """Also where all parameters are the same, as the checkpoint holds its settings."""
     model = build_model("tiny", **(SMALL | SWITCHES[switch]))
-    checkpoint = {"model": model.state_dict(), "config": asdict(model.config), "classes": list("abcd")}
+    checkpoint = {"model": model.state_dict(), "config": asdict(model.config), "classes": list("abcd"), "settings": {}}
     save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
     loaded, checkpoint = load_model(tmp_path / "checkpoint.pt")
     assert loaded.config == model.config
-    check_config("checkpoint.pt", checkpoint, model.config)
+    check_config("checkpoint.pt", checkpoint, model.config, {})
     with pytest.raises(InputError) as error:
-        check_config("checkpoint.pt", checkpoint, build_model("tiny", **SMALL).config)
+        check_config("checkpoint.pt", checkpoint, build_model("tiny", **SMALL).config, {})
     assert all(name in str(error.value) for name in SWITCHES[switch])
