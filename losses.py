@@ -16,18 +16,19 @@ def mask_losses(logits, targets, index, num_points):
 
     logits: list of (n, h, w), N in all; index (N,) int64, the instance of each among those of all targets. Of its
     `num_points` points, 75 % are those of the smallest |logit| among three times as many random ones (PointRend), the
-    rest is uniform. The random points are drawn once: all predictions choose from the same.
+    rest is uniform. The random points are drawn once for each instance: all predictions of it choose from the same.
     """
-    num_random, num_uncertain = 3 * num_points, int(0.75 * num_points)
-    draws = num_random, num_points - num_uncertain
+    masks, num_random, num_uncertain = [t["masks"] for t in targets], 3 * num_points, int(0.75 * num_points)
     with torch.no_grad():
-        points = torch.cat([torch.rand(1, n, 2, dtype=logits[0].dtype, device=index.device)[0] for n in draws])
-        distances = (sample_points(maps, points[None, :num_random]).abs_() for maps in logits)
+        draws, like = (num_random, num_points - num_uncertain), {"dtype": logits[0].dtype, "device": index.device}
+        points = torch.cat([torch.rand(sum(map(len, masks)), n, 2, **like) for n in draws], 1)  # (instances, K, 2)
+        parts = zip(logits, index.split([len(maps) for maps in logits]), strict=True)
+        distances = (sample_points(maps, points[part, :num_random]).abs_() for maps, part in parts)
         uncertain = [x.topk(num_uncertain, dim=1, largest=False, sorted=False).indices for x in distances]
-        uniform = torch.arange(num_random, len(points), device=index.device).expand(len(index), -1)
-        chosen = torch.cat([torch.cat(uncertain), uniform], 1)
-        wanted = sample_masks([t["masks"] for t in targets], points)[index[:, None], chosen]
-    predicted = sample_points(torch.cat(logits), F.embedding(chosen, points))
+        uniform = torch.arange(num_random, points.shape[1], device=index.device).expand(len(index), -1)
+        chosen = torch.cat([torch.cat(uncertain), uniform], 1) + index[:, None] * points.shape[1]
+        wanted = sample_masks(masks, points).take(chosen)
+    predicted = sample_points(torch.cat(logits), F.embedding(chosen, points.flatten(0, 1)))
     bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
@@ -55,13 +56,12 @@ class SetCriterion(nn.Module):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in TERMS[:3]}
 
     def losses(self, sets, targets, pairs, divisors):
-        """The terms of all sets {suffix: predictions}, those without masks first, each divided by its set's divisor.
-
-        pairs: per set and image (queries, targets), int64, on the CPU.
+        """The terms of all sets {suffix: predictions}, those without masks first, each divided by its set's divisor. The
+        pairs are (queries, targets) per set and image, int64, on the CPU.
         """
         counts, sizes = [len(t["labels"]) for t in targets], [s["pred_logits"].shape[1] for s in sets.values()]
-        logits, boxes = (torch.cat([s[name] for s in sets.values()], 1) for name in ("pred_logits", "pred_boxes"))
-        logits, boxes = full_precision(logits), full_precision(boxes)
+        joined = (torch.cat([s[name] for s in sets.values()], 1) for name in ("pred_logits", "pred_boxes"))
+        logits, boxes = map(full_precision, joined)
         labels, wanted = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
 
         # All pairs, numbered over all sets and images. The host has just waited for the costs: this copy waits no more.
@@ -87,8 +87,9 @@ class SetCriterion(nn.Module):
         parts = class_losses.split(sizes), torch.stack([l1, 1 - giou, bce, dice]).split(lengths, 1)
         for (suffix, s), ce, others, divisor in zip(sets.items(), *parts, divisors, strict=True):
             sums = torch.cat([ce.sum(0, keepdim=True), others.sum(1)]) / divisor
-            names = TERMS if "pred_masks" in s else TERMS[:3]
-            terms |= {name + suffix: term for name, term in zip(names, sums.unbind(), strict=False)}
+            terms |= {
+                name + suffix: x for name, x in zip(TERMS if "pred_masks" in s else TERMS[:3], sums, strict=False)
+            }
         return terms
 
     def forward(self, outputs, targets, num_instances=None):
@@ -112,9 +113,8 @@ class SetCriterion(nn.Module):
         pairs, divisors = self.matcher(list(sets.values()), targets), [num_instances] * len(sets)
         if denoised := outputs.get("dn_outputs"):
             layers = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
-            groups = denoised["num_groups"]
-            queries = torch.arange(denoised["pred_logits"].shape[1]).view(groups, -1)  # column i: of the i-th instance
-            pairs += [(queries[:, :n].flatten(), torch.arange(n).repeat(groups)) for n in counts] * len(layers)
-            divisors += [num_instances * groups] * len(layers)
+            queries = torch.arange(denoised["pred_logits"].shape[1]).view(denoised["num_groups"], -1)  # (groups, n_max)
+            pairs += [(queries[:, :n].flatten(), torch.arange(n).repeat(len(queries))) for n in counts] * len(layers)
+            divisors += [num_instances * len(queries)] * len(layers)
             sets |= layers
         return self.losses(sets, targets, pairs, divisors)

@@ -15,21 +15,22 @@ def full_precision(x):
 
 def sample_points(maps, points):
     """Bilinear samples of maps (N, H, W), zero outside, at points (N or 1, P, 2), (x, y) in [0, 1] -> (N, P)."""
-    grid = (2 * points[:, None] - 1).expand(len(maps), -1, -1, -1)
+    grid = (2 * points[:, None]).sub_(1).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps[:, None], grid, align_corners=False).flatten(1)
 
 
 def sample_masks(masks, points):
-    """`sample_points` of bool masks, a list of (n, H, W), at points (P, 2), without a float copy -> (all n, P)."""
-    H, W = masks[0].shape[1:]
-    x, y = points[:, 0] * W - 0.5, points[:, 1] * H - 0.5  # in pixels, a pixel's centre on its index
-    left, top = x.floor().long(), y.floor().long()
-    column, row = torch.stack([left, left + 1, left, left + 1]), torch.stack([top, top, top + 1, top + 1])
-    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-    weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-    pixel = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).flatten()
-    values = torch.cat([m.flatten(1).gather(1, pixel.expand(len(m), -1)) for m in masks])
-    return (values.unflatten(1, (4, -1)) * weight).sum(1)
+    """`sample_points` of bool masks, a list of (n, H, W), N in all, without a float copy of them."""
+    weights, pixels, counts = [], [], [len(m) for m in masks]
+    for x, size in zip(points.unbind(2), reversed(masks[0].shape), strict=False):  # columns, rows
+        x = (x * size - 0.5)[:, None]  # in pixels, a pixel's centre on its index
+        near = torch.cat([x.floor(), x.floor() + 1], 1)  # (N, 2, P)
+        weights.append((1 - (x - near).abs()) * ((near >= 0) & (near < size)))
+        pixels.append(near.clamp(0, size - 1).long())
+    pixels = (pixels[0][:, None] + pixels[1][:, :, None] * masks[0].shape[2]).flatten(1)  # of (N, rows, columns, P)
+    pixels = pixels.expand(sum(counts), -1).split(counts)
+    values = torch.cat([m.flatten(1).gather(1, pixel) for m, pixel in zip(masks, pixels, strict=True)])
+    return ((values.unflatten(1, (2, 2, -1)) * weights[0][:, None]).sum(2) * weights[1]).sum(1)
 
 
 def area(sides):
@@ -83,9 +84,8 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def cost(self, outputs, targets):
-        """Costs (B, Q, n) of all pairs, n the largest number of targets of an image; arguments as in `forward`.
-
-        What stands behind an image's own targets has no meaning. Several sets follow one another along Q.
+        """Costs (B, Q, n) of all pairs, n the largest number of targets of an image; arguments as in `forward`. Several
+        sets follow one another along Q. What stands behind an image's own targets has no meaning.
         """
         sets = [outputs] if isinstance(outputs, dict) else outputs
         logits, boxes = (
@@ -97,7 +97,7 @@ class HungarianMatcher(nn.Module):
         masked = [s["pred_masks"] for s in sets if "pred_masks" in s]
         if masked and labels.shape[1]:
             points = torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device)
-            sampled = sample_masks([t["masks"] for t in targets], points[0]).split([len(t["labels"]) for t in targets])
+            sampled = sample_masks([t["masks"] for t in targets], points).split([len(t["labels"]) for t in targets])
             sampled = pad_sequence(sampled, batch_first=True)
             # Image by image: grid_sample with the queries as channels would read places far apart.
             logits = (torch.stack([sample_points(full_precision(x), points) for x in maps]) for maps in masked)

@@ -141,12 +141,12 @@ def test_mask_losses_equal_a_loop():
     torch.manual_seed(1)
     found = mask_losses([logits[:1], logits[1:]], targets, torch.tensor(index), P)
     torch.manual_seed(1)
-    candidates = torch.rand(3 * P, 2, dtype=torch.float64).numpy()
-    uniform = torch.rand(P // 4, 2, dtype=torch.float64).numpy()
+    candidates = torch.rand(3, 3 * P, 2, dtype=torch.float64).numpy()  # of each instance
+    uniform = torch.rand(3, P // 4, 2, dtype=torch.float64).numpy()
     expected = []
     for logit, n in zip(logits.numpy(), index, strict=True):
-        ranked = sorted(candidates, key=lambda point: abs(bilinear(logit, *point)))
-        points = [*ranked[: 3 * P // 4], *uniform]
+        ranked = sorted(candidates[n], key=lambda point: abs(bilinear(logit, *point)))
+        points = [*ranked[: 3 * P // 4], *uniform[n]]
         p = sigmoid(np.array([bilinear(logit, *point) for point in points]))
         t = np.array([bilinear(masks[n].numpy(), *point) for point in points])
         bce = (-t * np.log(p) - (1 - t) * np.log(1 - p)).mean()
