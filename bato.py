@@ -28,7 +28,7 @@ class BATO(nn.Module):
         """queries: `Queries` with Q_bal and the boxes that its layer refined; features: `Features` with T_i and F.
 
         heads, query_pos: the model's prediction heads and the decoder's position MLP; they are the networks of Eq. 5
-        and 6. With `guidance` other than "q_bal" (Table 5) the tokens of that stage come in the place of Q_bal.
+        and 6. With `guidance` other than "q_bal" (Table 5) the tokens of that stage and their boxes stand for Q_bal.
         Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
         """
         t_i, level_shapes, pixels = features

@@ -17,7 +17,7 @@ from model import DIMaskDINO
 
 # Settings that decide which parameters there are, by the beginning of the parameters' names.
 SETTINGS_OF = {
-    "di.interactions.": "selections (di, guidance)",
+    "di.interactions.": "selections (di)",
     "bato.": "bato",
     "di.position_tokens.": "position_tokens",
     "decoder.layers.": "decoder_layers",

@@ -18,8 +18,8 @@ def setting(default, meaning, least=1):
 class Config:
     """Every setting; the defaults are the released DI-MaskDINO with ResNet-50.
 
-    Raises InputError, a ValueError, for settings that do not go together. Without De-Imbalance, or where `guidance`
-    cuts the pipeline behind the first selection, only the last of `selections` takes place, and is all that is kept.
+    Raises InputError, a ValueError, for settings that do not go together. Without De-Imbalance only the last of
+    `selections` takes place, and is all that is kept.
     """
 
     num_classes: int = setting(80, "classes; training takes those of the data set")
@@ -41,8 +41,8 @@ class Config:
         "boxes", "boxes of the decoder's input: of the selected tokens; or learned ones, random at first (Table 3)"
     )
     bato: bool = setting(True, "Balance-Aware Tokens Optimization, Eq. 5 to 8 (Table 4)")
-    guidance: Literal["t_i", "t_s1", "t_s2", "q_bal"] = setting(
-        "q_bal", "stage whose best tokens guide BATO; the pipeline is cut behind any but q_bal (Table 5)"
+    guidance: Literal["t_s1", "t_s2", "q_bal"] = setting(
+        "q_bal", "stage whose best tokens guide BATO, with their boxes (Table 5; its T_i is --no-di)"
     )
     gtg: bool = setting(True, "guiding token generation, Eq. 5 to 7; without: the queries themselves guide (Table 6)")
     num_guiding: int = setting(50, "queries that guide BATO")
@@ -80,14 +80,14 @@ class Config:
         if self.train_scale[0] > self.train_scale[1]:
             raise InputError(f"train_scale {self.train_scale}: the smaller number comes first")
         if self.guidance != "q_bal" and not (self.di and self.bato):
-            raise InputError(f"guidance {self.guidance}: cuts DI short and guides BATO, so that di and bato must be on")
-        if self.guidance == "t_s2" and len(sizes) < 2:
-            raise InputError(f"guidance t_s2: needs two selections or more, not {self.selections}")
+            raise InputError(f"guidance {self.guidance}: is of DI and guides BATO, so that di and bato must be on")
+        if self.guidance != "q_bal" and len(sizes) < 2:
+            raise InputError(f"guidance {self.guidance}: needs two selections or more, not {self.selections}")
         if not self.gtg and not self.bato:
             raise InputError("gtg False: is a change to BATO, so that bato must be on")
         if self.bato and self.decoder_layers < 2:
             raise InputError(f"decoder_layers {self.decoder_layers}: BATO acts between the first two; give 2 or more")
-        if not self.di or self.guidance in ("t_i", "t_s1"):
+        if not self.di:
             object.__setattr__(self, "selections", self.selections[-1:])
 
 

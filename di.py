@@ -152,7 +152,7 @@ class DeImbalance(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.sizes, self.box_init, self.guidance = config.selections, config.box_init, config.guidance
+        self.sizes, self.box_init = config.selections, config.box_init
         self.candidates = CandidateTokens(config)
         self.interactions = nn.ModuleList(TokenInteraction(config) for _ in self.sizes[1:])
         self.position_tokens = nn.Embedding(self.sizes[-1], 4) if config.position_tokens == "random" else None
@@ -160,11 +160,13 @@ class DeImbalance(nn.Module):
     def forward(self, features, heads, every=False):
         """features: `Features` with T_i; heads: the model's own; every: with the predictions that have a loss.
 
-        Returns T_s2 as `Queries` and {selection: {first, second, ...: (B, k) int64, each among the tokens before it}};
+        Returns the decoder's input, T_s2 as `Queries`; {"t_s1", "t_s2": `Queries`}, which may guide BATO (Table 5); and
+        {selection: {first, second, ...: (B, k) int64, each among the tokens before it}};
         with `every` also interm_outputs, the predictions of the first selection, and di_outputs, a list with class and
         box of every interaction layer.
         """
         queries, outputs = self.first_selection(features, heads, every)
+        stages = {"t_s1": queries}
         for number, (interaction, k) in enumerate(zip(self.interactions, self.sizes[1:], strict=True), start=2):
             states = interaction(queries)  # Eq. 2: T_s1^sa
             if every:
@@ -172,7 +174,12 @@ class DeImbalance(nn.Module):
                 outputs["di_outputs"] = outputs.get("di_outputs", []) + predictions
             name = {2: "second", 3: "third"}.get(number, f"{number}th")
             queries, outputs["selection"][name] = interaction.select(states[-1], heads, k)  # Eq. 3: T_s2
-        return self.ablated(queries, features.tokens, outputs["selection"]["first"]), outputs
+        stages["t_s2"] = queries
+        if self.position_tokens:  # Table 3: learned boxes, random at first, in the place of the selected tokens'
+            content = queries.content
+            boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(content.shape[0], -1, -1)
+            queries = Queries(content, boxes)
+        return queries, stages, outputs
 
     def first_selection(self, features, heads, every):
         """T_s1 = S(T_i, k1), Eq. 1, as `Queries` without gradient, and the outputs so far."""
@@ -187,12 +194,3 @@ class DeImbalance(nn.Module):
             masks = heads.masks(t_s1, features.pixels) if masks is None else masks
             boxes = boxes_from_masks(masks, self.box_init)
         return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), outputs
-
-    def ablated(self, queries, t_i, first):
-        """The decoder's input under the settings of Tables 3 and 5: other boxes, other tokens."""
-        content, boxes = queries
-        if self.guidance == "t_i":
-            content = gather_tokens(t_i, first).detach()
-        if self.position_tokens:
-            boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(len(content), -1, -1)
-        return Queries(content, boxes)

@@ -50,8 +50,6 @@ class DIMaskDINO(nn.Module):
         self.denoising = Denoising(config)
         self.decoder = Decoder(config)
         self.bato = BATO(config) if config.bato else None
-        # The decoder layer that BATO comes before: behind Q_bal, or where it guides by an earlier stage, behind that.
-        self.first_balanced = (1 if config.guidance == "q_bal" else 0) if config.bato else None
         if config.grad_checkpoint:
             for layer in chain(*self.backbone.stages, self.encoder.layers, self.decoder.layers):
                 layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
@@ -75,16 +73,15 @@ class DIMaskDINO(nn.Module):
         heads, decoder = self.heads, self.decoder
 
         features = self.encoder(self.backbone(self.batch(images)))  # Sec. 3.2.1: T_i and F
-        queries, outputs = self.di(features, heads, every)  # Sec. 3.2.2, Eq. 1-3: T_s2 and its boxes
+        queries, stages, outputs = self.di(features, heads, every)  # Sec. 3.2.2, Eq. 1-3: T_s2 and its boxes
         queries, num_dn, groups, attn_mask = self.denoising(queries, targets)  # in training, these come first
 
-        layers = []  # predictions: with `every` on the decoder's input and behind each layer, else behind the last
+        layers = [heads(*queries, features.pixels)] if every else []  # predictions on the decoder's input
         for number in range(last + 1):
-            if number == self.first_balanced:  # Sec. 3.2.3, Eq. 5-8: T_i becomes T_bal, F becomes F'
-                q_bal = Queries(queries.content[:, num_dn:], queries.boxes[:, num_dn:])
-                features, outputs["selection"]["guiding"] = self.bato(q_bal, features, heads, decoder.query_pos)
-            if every and number == 0:
-                layers.append(heads(*queries, features.pixels))
+            if number == 1 and self.bato:  # Sec. 3.2.3, Eq. 5-8: T_i becomes T_bal, F becomes F'
+                stages["q_bal"] = Queries(queries.content[:, num_dn:], queries.boxes[:, num_dn:])
+                guides = stages[self.config.guidance]
+                features, outputs["selection"]["guiding"] = self.bato(guides, features, heads, decoder.query_pos)
             previous = queries.boxes
             queries = decoder(number, queries, features, heads, attn_mask)  # 0: Eq. 4, Q_bal; then Eq. 9, Q_ref
             if every or number == last:
@@ -130,10 +127,13 @@ def without_autocast(forward, *args):
 def check_images(images):
     """Raise ValueError, with what is expected, for what `DIMaskDINO.forward` does not take as images.
 
-    The values are looked at on the CPU only: on a GPU that would make the program wait for it.
+    The values are looked at on the CPU only: on a GPU that would make the program wait for it. In a model that is being
+    traced nothing is looked at, as sizes may be symbols.
     """
     expected = "give a list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)"
     batch = isinstance(images, torch.Tensor)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
     if batch and images.dim() != 4 or not batch and not isinstance(images, list | tuple):
         found = f"a tensor of shape {tuple(images.shape)}" if batch else f"a {type(images).__name__}"
         raise ValueError(f"images: {found}; {expected}")
@@ -147,7 +147,7 @@ def check_images(images):
             raise ValueError(f"{name}: a tensor of shape {tuple(image.shape)}; {expected}")
         if not image.is_floating_point():
             raise ValueError(f"{name}: a tensor of {image.dtype}; {expected} (bytes: divide by 255)")
-        if image.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if image.device.type == "cpu":
             low, high = (x.item() for x in image.aminmax())
             if low < -0.5 or high > 1.5:  # resizing may overshoot a little
                 raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}; {expected} (bytes: divide by 255)")

@@ -17,7 +17,6 @@ SWITCHES = {
     "no DI": {"di": False},
     "no BATO": {"bato": False},
     "neither": {"di": False, "bato": False},
-    "T_i guides": {"guidance": "t_i"},
     "T_s1 guides": {"guidance": "t_s1"},
     "T_s2 guides": {"guidance": "t_s2"},
     "no GTG": {"gtg": False},
@@ -96,8 +95,7 @@ def test_which_parameters_exist():
         "no DI": default - interaction,
         "no BATO": default - bato,
         "neither": default - interaction - bato,
-        "T_i guides": default - interaction,
-        "T_s1 guides": default - interaction,
+        "T_s1 guides": default,
         "T_s2 guides": default,
         "no GTG": default,
         "single": default - interaction,
@@ -138,7 +136,7 @@ def test_selections_and_number_of_layers(switch):
         "single": [20],
         "triple": [40, 30, 20],
         "no narrowing": [20, 20],
-        **dict.fromkeys(["no DI", "neither", "T_i guides", "T_s1 guides"], [20]),
+        **dict.fromkeys(["no DI", "neither"], [20]),
         **dict.fromkeys(["random positions, neither", "boxes of the head, neither"], [20]),
     }.get(switch, [40, 20])
     guiding = {"guiding": 8} if config.bato else {}
@@ -152,13 +150,15 @@ def test_selections_and_number_of_layers(switch):
     assert outputs["pred_boxes"].shape == (2, 20, 4)
 
 
-@pytest.mark.parametrize("switch", ["no DI", "T_i guides", "T_s1 guides", "single"])
+@pytest.mark.parametrize("switch", ["no DI", "single"])
 def test_one_selection_is_the_best_of_the_first(switch):
     ours, theirs = inspect(switch)[0]["selection"]["first"], inspect("default")[0]["selection"]["first"]
     assert torch.equal(ours, theirs[:, :20])
 
 
-@pytest.mark.parametrize("switch", ["no BATO", "T_s2 guides", "no GTG", "five layers", "random positions"])
+@pytest.mark.parametrize(
+    "switch", ["no BATO", "T_s1 guides", "T_s2 guides", "no GTG", "five layers", "random positions"]
+)
 def test_deimbalance_stays_as_it_is(switch):
     (ours, _, _), (theirs, _, _) = inspect(switch), inspect("default")
     for name in ("first", "second"):
@@ -178,35 +178,22 @@ def test_three_selections():
     assert names == {f"loss_{kind}_di_{i}" for kind in ("ce", "bbox", "giou") for i in range(4)}
 
 
-def test_t_i_guides_and_enters_the_decoder():
-    outputs, seen, _ = inspect("T_i guides")
-    t_i = seen["encoder"][0]
-    queries = gather_tokens(t_i, outputs["selection"]["first"])
-    assert torch.equal(seen["bato_inputs"][0], queries) and torch.equal(seen["decoder"][0], queries)
-
-
-def test_t_s1_guides_and_enters_the_decoder():
-    outputs, seen, _ = inspect("T_s1 guides")
-    queries = gather_tokens(seen["candidates"], outputs["selection"]["first"])
-    assert torch.equal(seen["bato_inputs"][0], queries) and torch.equal(seen["decoder"][0], queries)
-
-
-def test_t_s2_guides_and_enters_the_decoder():
-    outputs, seen, _ = inspect("T_s2 guides")
-    _, theirs, _ = inspect("default")
-    assert torch.equal(seen["decoder"][0], theirs["decoder"][0])  # the queries
-    assert torch.equal(seen["bato_inputs"][0], seen["decoder"][0])
-    assert not torch.equal(theirs["bato_inputs"][0], theirs["decoder"][0])  # Q_bal is behind layer 1
-
-
-@pytest.mark.parametrize("switch", ["T_i guides", "T_s1 guides", "T_s2 guides"])
-def test_with_earlier_guidance_the_whole_decoder_sees_t_bal(switch):
-    outputs, seen, model = inspect(switch)
-    t_bal, _, pixel_features, guiding = seen["bato"]
-    assert torch.equal(seen["decoder"][3], t_bal) and not torch.equal(t_bal, seen["encoder"][0])
-    assert torch.equal(outputs["selection"]["guiding"], guiding)
-    masks = model.heads.masks(seen["decoder"][0], pixel_features)
-    assert torch.equal(outputs["aux_outputs"][0]["pred_masks"], masks)
+def test_the_named_stage_guides_and_nothing_else_changes():
+    default, without, _ = inspect("default")
+    for switch, stage in (("T_s1 guides", "t_s1"), ("T_s2 guides", "t_s2")):
+        outputs, seen, _ = inspect(switch)
+        assert torch.equal(seen["decoder"][0], without["decoder"][0])  # T_s2 enters the decoder, and its first layer
+        assert torch.equal(seen["decoder"][3], seen["encoder"][0])  # sees T_i
+        for layer in (0, 1):
+            ours, theirs = outputs["aux_outputs"][layer], default["aux_outputs"][layer]
+            assert torch.equal(ours["pred_boxes"], theirs["pred_boxes"])
+        t_s1 = gather_tokens(seen["candidates"], outputs["selection"]["first"])
+        expected = {"t_s1": t_s1, "t_s2": seen["decoder"][0]}[stage]
+        assert torch.equal(seen["bato_inputs"].content, expected)
+        assert seen["bato_inputs"].boxes.shape == (2, expected.shape[1], 4)
+        assert torch.equal(outputs["selection"]["guiding"], seen["bato"][3])
+        assert not torch.equal(outputs["pred_boxes"], default["pred_boxes"])
+    assert not torch.equal(without["bato_inputs"].content, without["decoder"][0])  # Q_bal is behind layer 1
 
 
 def test_by_default_the_first_layer_sees_t_i():
@@ -214,11 +201,13 @@ def test_by_default_the_first_layer_sees_t_i():
     assert torch.equal(seen["decoder"][3], seen["encoder"][0])
 
 
-@pytest.mark.parametrize("switch", ["T_i guides", "T_s1 guides", "T_s2 guides"])
+@pytest.mark.parametrize("switch", ["T_s1 guides", "T_s2 guides", "default"])
 def test_denoising_queries_do_not_guide(switch):
     """Neither in training, where they stand before the others."""
     (training, seen, _), (evaluation, _, _) = inspect(switch, training=True), inspect(switch)
-    assert training["dn_outputs"]["pred_boxes"].shape[1] > 0 and seen["bato_inputs"][0].shape[1] == 20
+    assert training["dn_outputs"]["pred_boxes"].shape[1] > 0 and seen["bato_inputs"].content.shape[1] == (
+        40 if switch == "T_s1 guides" else 20
+    )
     assert torch.equal(training["selection"]["guiding"], evaluation["selection"]["guiding"])
 
 
@@ -292,7 +281,7 @@ def test_box_loss_scale_changes_the_weights_of_the_box_losses_alone():
         ({"selections": (300, 0)}, "selections"),
         ({"guidance": "t_s3"}, "guidance 't_s3'.*t_s1"),
         ({"guidance": "t_s2", "di": False}, "guidance t_s2.*di"),
-        ({"guidance": "t_i", "bato": False}, "guidance t_i.*bato"),
+        ({"guidance": "t_s1", "bato": False}, "guidance t_s1.*bato"),
         ({"guidance": "t_s2", "selections": (300,)}, "guidance t_s2.*selections"),
         ({"gtg": False, "bato": False}, "gtg.*bato"),
         ({"position_tokens": "learned"}, "position_tokens 'learned'.*random"),
@@ -312,7 +301,6 @@ def test_impossible_settings_are_named(settings, named):
         ("no DI", "selections"),
         ("no BATO", "bato"),
         ("neither", "bato"),
-        ("T_i guides", "guidance"),
         ("single", "selections"),
         ("triple", "selections"),
         ("five layers", "decoder_layers"),

@@ -36,9 +36,9 @@ def parse(*flags, preset="tiny"):
         ({"train_size": 0}, "train_size 0: must be 1 or more"),
         ({"test_size": (0, 64)}, "test_size .* must be 1 or more"),
         ({"guidance": "t_s1", "di": False}, "guidance t_s1: .* di and bato must be on"),
-        ({"guidance": "t_i", "bato": False}, "guidance t_i: .* di and bato must be on"),
+        ({"guidance": "t_s2", "bato": False}, "guidance t_s2: .* di and bato must be on"),
         ({"guidance": "t_s2", "selections": (30,)}, "guidance t_s2: needs two selections"),
-        ({"guidance": "memory"}, "guidance 'memory': choose from t_i, t_s1, t_s2, q_bal"),
+        ({"guidance": "memory"}, "guidance 'memory': choose from t_s1, t_s2, q_bal"),
         ({"box_init": "boxes"}, "box_init 'boxes': choose from mask, bitmask, head"),
         ({"position_tokens": "none"}, "position_tokens 'none': choose from boxes, random"),
         ({"gtg": False, "bato": False}, "gtg False: .* bato must be on"),
@@ -64,8 +64,7 @@ def test_least_values_are_taken():
 
 def test_only_the_last_selection_is_kept_where_nothing_follows_the_first():
     assert Config(di=False).selections == (300,)
-    assert Config(guidance="t_i").selections == Config(guidance="t_s1").selections == (300,)
-    assert Config(guidance="t_s2").selections == Config().selections == (600, 300)
+    assert Config(guidance="t_s1").selections == Config().selections == (600, 300)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
