@@ -56,7 +56,7 @@ class SetCriterion(nn.Module):
             self.weights |= {f"{name}_di_{layer}": weights[name] for name in TERMS[:3]}
 
     def losses(self, sets, targets, pairs, divisors):
-        """The terms of all sets {suffix: predictions}, those without masks first, each divided by its set's divisor. The
+        """The terms of all sets {suffix: predictions}, those without masks first, each divided by its own divisor. The
         pairs are (queries, targets) per set and image, int64, on the CPU.
         """
         counts, sizes = [len(t["labels"]) for t in targets], [s["pred_logits"].shape[1] for s in sets.values()]
