@@ -19,16 +19,19 @@ def mask_losses(logits, targets, index, num_points):
     rest is uniform. The random points are drawn once for each instance: all predictions of it choose from the same.
     """
     masks, num_random, num_uncertain = [t["masks"] for t in targets], 3 * num_points, int(0.75 * num_points)
-    with torch.no_grad():
-        draws, like = (num_random, num_points - num_uncertain), {"dtype": logits[0].dtype, "device": index.device}
-        points = torch.cat([torch.rand(sum(map(len, masks)), n, 2, **like) for n in draws], 1)  # (instances, K, 2)
-        parts = zip(logits, index.split([len(maps) for maps in logits]), strict=True)
-        distances = (sample_points(maps, points[part, :num_random]).abs_() for maps, part in parts)
-        uncertain = [x.topk(num_uncertain, dim=1, largest=False, sorted=False).indices for x in distances]
-        uniform = torch.arange(num_random, points.shape[1], device=index.device).expand(len(index), -1)
-        chosen = torch.cat([torch.cat(uncertain), uniform], 1) + index[:, None] * points.shape[1]
-        wanted = sample_masks(masks, points).take(chosen)
-    predicted = sample_points(torch.cat(logits), F.embedding(chosen, points.flatten(0, 1)))
+    count, like = sum(map(len, masks)), {"dtype": logits[0].dtype, "device": index.device}
+    draws = [2 * torch.rand(count, n, 2, **like) - 1 for n in (num_random, num_points - num_uncertain)]
+    points = torch.cat(draws, 1)  # (instances, K, 2)
+    sampled, points, K = sample_masks(masks, points), points.flatten(0, 1), points.shape[1]
+    uniform = torch.arange(num_random, K, device=index.device)
+    predicted, wanted = [], []
+    for maps, part in zip(logits, index.split([len(maps) for maps in logits]), strict=True):
+        distances = sample_points(maps.detach(), draws[0].index_select(0, part)).abs_()
+        uncertain = distances.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+        chosen = torch.cat([uncertain, uniform.expand(len(maps), -1)], 1).add_(part[:, None], alpha=K)
+        wanted.append(sampled.take(chosen))
+        predicted.append(sample_points(maps, F.embedding(chosen, points)))
+    predicted, wanted = torch.cat(predicted), torch.cat(wanted)
     bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
@@ -84,14 +87,11 @@ class SetCriterion(nn.Module):
         unmasked = len(index) - sum(map(len, masks))
         bce, dice = F.pad(mask_losses(masks, targets, index[unmasked:], self.num_points), (unmasked, 0))
 
-        terms = {}
-        parts = class_losses.split(sizes), torch.stack([l1, 1 - giou, bce, dice]).split(lengths, 1)
-        for (suffix, s), ce, others, divisor in zip(sets.items(), *parts, divisors, strict=True):
-            sums = torch.cat([ce.sum(0, keepdim=True), others.sum(1)]) / divisor
-            terms |= {
-                name + suffix: x for name, x in zip(TERMS if "pred_masks" in s else TERMS[:3], sums, strict=False)
-            }
-        return terms
+        class_sums = torch.stack([x.sum() for x in class_losses.split(sizes)])
+        sums = [x.sum(1) for x in torch.stack([l1, 1 - giou, bce, dice]).split(lengths, 1)]
+        sums = torch.cat([class_sums[:, None], torch.stack(sums)], 1) / divisors[:, None].to(class_sums)  # (sets, 5)
+        rows = zip(sets, sums, [TERMS if "pred_masks" in s else TERMS[:3] for s in sets.values()], strict=True)
+        return {name + suffix: x for suffix, row, names in rows for name, x in zip(names, row, strict=False)}
 
     def forward(self, outputs, targets, num_instances=None):
         """outputs: of the model in training mode. targets: per image labels (n,) int64, boxes (n, 4) normalised cxcywh,
@@ -111,11 +111,12 @@ class SetCriterion(nn.Module):
         sets = {f"_di_{i}": layer for i, layer in enumerate(outputs.get("di_outputs", []))}
         sets |= {"": outputs, "_interm": outputs["interm_outputs"]}
         sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
-        pairs, divisors = self.matcher(list(sets.values()), targets), [num_instances] * len(sets)
+        pairs, matched = self.matcher(list(sets.values()), targets), len(sets)
         if denoised := outputs.get("dn_outputs"):
             layers = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
             queries = torch.arange(denoised["pred_logits"].shape[1]).view(denoised["num_groups"], -1)  # (groups, n_max)
             pairs += [(queries[:, :n].flatten(), torch.arange(n).repeat(len(queries))) for n in counts] * len(layers)
-            divisors += [num_instances * len(queries)] * len(layers)
             sets |= layers
+        divisors = torch.ones(len(sets), dtype=torch.float64, device=outputs["pred_boxes"].device) * num_instances
+        divisors[matched:] *= denoised["num_groups"] if denoised else 1
         return self.losses(sets, targets, pairs, divisors)

@@ -14,16 +14,15 @@ def full_precision(x):
 
 
 def sample_points(maps, points):
-    """Bilinear samples of maps (N, H, W), zero outside, at points (N or 1, P, 2), (x, y) in [0, 1] -> (N, P)."""
-    grid = (2 * points[:, None]).sub_(1).expand(len(maps), -1, -1, -1)
-    return F.grid_sample(maps[:, None], grid, align_corners=False).flatten(1)
+    """Bilinear samples of maps (N, H, W), zero outside, at points (N, P, 2), (x, y) in [-1, 1] -> (N, P)."""
+    return F.grid_sample(maps[:, None], points[:, None], align_corners=False).flatten(1)
 
 
 def sample_masks(masks, points):
-    """`sample_points` of bool masks, a list of (n, H, W), N in all, without a float copy of them."""
+    """`sample_points` of bool masks, a list of (n, H, W), N in all, or at points (1, P, 2), with no float copy."""
     weights, pixels, counts = [], [], [len(m) for m in masks]
     for x, size in zip(points.unbind(2), reversed(masks[0].shape), strict=False):  # columns, rows
-        x = (x * size - 0.5)[:, None]  # in pixels, a pixel's centre on its index
+        x = ((x + 1) / 2 * size - 0.5)[:, None]  # in pixels, a pixel's centre on its index
         near = torch.cat([x.floor(), x.floor() + 1], 1)  # (N, 2, P)
         weights.append((1 - (x - near).abs()) * ((near >= 0) & (near < size)))
         pixels.append(near.clamp(0, size - 1).long())
@@ -35,8 +34,7 @@ def sample_masks(masks, points):
 
 def area(sides):
     """Width times height of (..., 2). (The backward pass of `prod` would read values back from a GPU.)"""
-    width, height = sides.unbind(-1)
-    return width * height
+    return sides[..., 0] * sides[..., 1]
 
 
 def pairwise_giou(a, b):
@@ -96,11 +94,12 @@ class HungarianMatcher(nn.Module):
         cost = cost - self.cost_giou * pairwise_giou(boxes, wanted.to(boxes))
         masked = [s["pred_masks"] for s in sets if "pred_masks" in s]
         if masked and labels.shape[1]:
-            points = torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device)
+            points = 2 * torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device) - 1
             sampled = sample_masks([t["masks"] for t in targets], points).split([len(t["labels"]) for t in targets])
             sampled = pad_sequence(sampled, batch_first=True)
             # Image by image: grid_sample with the queries as channels would read places far apart.
-            logits = (torch.stack([sample_points(full_precision(x), points) for x in maps]) for maps in masked)
+            parts = [(maps, points.expand(maps.shape[1], -1, -1)) for maps in masked]
+            logits = (torch.stack([sample_points(full_precision(x), at) for x in maps]) for maps, at in parts)
             bce, dice = mask_costs(logits, sampled)
             cost[:, -bce.shape[1] :] += self.cost_mask * bce + self.cost_dice * dice
         return cost

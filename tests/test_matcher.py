@@ -87,16 +87,17 @@ def test_mask_costs():
 
 def test_sample_points_are_bilinear_and_zero_outside():
     maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # pixel centres at 0.25 and 0.75
-    points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.0, 0.25], [1.5, 0.5]]])
+    points = 2 * torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.0, 0.25], [1.5, 0.5]]]) - 1
     assert sample_points(maps, points).tolist() == [[1.0, 2.0, 3.0, 2.5, 0.5, 0.0]]
 
 
 def test_sample_masks_equals_sample_points():
     torch.manual_seed(0)
-    masks, points = torch.rand(3, 7, 5) > 0.5, torch.rand(3, 200, 2).double() * 1.4 - 0.2  # some outside
-    points[0, :4] = torch.tensor([[0, 0], [1, 1], [0, 1], [0.5, 0.5]])
+    masks, points = torch.rand(3, 7, 5) > 0.5, torch.rand(3, 200, 2).double() * 2.8 - 1.4  # some outside
+    points[0, :4] = torch.tensor([[-1, -1], [1, 1], [-1, 1], [0, 0]])
     for some in (points, points[:1]):
-        found, expected = sample_masks([masks[:1], masks[1:1], masks[1:]], some), sample_points(masks.double(), some)
+        found, expected = sample_masks([masks[:1], masks[1:1], masks[1:]], some), masks.double()
+        expected = sample_points(expected, some.expand(3, -1, -1))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -107,7 +108,8 @@ def test_cost_is_the_weighted_sum_of_five_terms(monkeypatch):
     matcher, target = HungarianMatcher(CONFIG), targets[0]
     logits, boxes, masks = (value[0] for value in outputs.values())
     unmasked = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
-    predicted, wanted = (sample_points(x, points)[None] for x in (masks, target["masks"].double()))
+    samples = (sample_points(x, 2 * points.expand(len(x), -1, -1) - 1) for x in (masks, target["masks"].double()))
+    predicted, wanted = (x[None] for x in samples)
     bce, dice = (cost[0] for cost in mask_costs([predicted], wanted))
     l1 = (boxes[:, None] - target["boxes"]).abs().sum(-1)
     expected = (
