@@ -250,7 +250,8 @@ def main():
     names = overlay_names(images)
     files = [f"detections_{layer}.json" for layer in layers] if len(layers) > 1 else ["detections.json"]
     entries = [new_entry(image_id, path) for image_id, path in enumerate(images, start=1)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
+    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
+        signal.signal(number, signal.default_int_handler)
     try:
         claim_output(output, images, [*names, "images.json", *files])
         write_entries(output / "images.json", entries)

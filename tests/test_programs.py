@@ -73,19 +73,6 @@ def test_existing_run_is_not_overwritten(trained, shapes):
     assert "--resume" in error and (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_eval_per_layer(trained, shapes, tmp_path):
-    out = tmp_path / "scores" / "eval.json"
-    flags = ["--checkpoint", trained / "checkpoint.pt", "--data", "coco", "--data-root", shapes, "--workers", 0]
-    printed = run("eval.py", *flags, "--per-layer", "--output", out)
-    scores = json.loads(out.read_text())
-    assert [entry["layer"] for entry in scores["layers"]] == [0, 1, 2, 3]
-    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} == scores["box"].keys() == scores["mask"].keys()
-    assert scores["layers"][-1]["box"] == scores["box"] and scores["layers"][-1]["mask"] == scores["mask"]
-    assert "box - mask" in printed
-    run("eval.py", *flags, "--output", out)
-    assert json.loads(out.read_text()) == {kind: scores[kind] for kind in ("box", "mask")}
-
-
 def test_images_without_annotations(shapes, tmp_path):
     """A data set trains and evaluates when some images have no annotation."""
 
