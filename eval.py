@@ -29,6 +29,7 @@ from coco import coco_results, encode_masks, match_classes
 from config import InputError
 from data import collate
 from drawing import save_classes, save_layers
+from images import DataError
 from model import PREDICTIONS, postprocess
 
 
@@ -262,7 +263,10 @@ def main():
     model, checkpoint = load_model(args.checkpoint, device)
     autocast = use_precision(model, args.precision, device)
     dataset = open_split(args, args.split, model.config.test_size, need_annotations=False)
-    labels = match_classes(checkpoint["classes"], dataset.classes)
+    try:
+        labels = match_classes(checkpoint["classes"], dataset.classes)
+    except DataError as error:
+        raise InputError(f"{args.checkpoint}: {error}") from None
     annotated = bool(dataset.coco.anns)
     if not annotated and not results:
         raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")

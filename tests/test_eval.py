@@ -23,7 +23,6 @@ import eval as evaluation
 from coco import coco_results, encode_masks
 from config import PRESETS, InputError
 from data import CocoInstances
-from images import DataError
 from model import DIMaskDINO
 from shapes import make_shapes
 
@@ -425,7 +424,7 @@ def test_classes_are_matched_by_name(squares, run):
     more = ["cog", "other", "nut", "bolt", "screw"]
     run("--results", squares / "b.json", "--output", squares / "t.json", "--max-detections", 18, classes=more)
     assert json.loads((squares / "b.json").read_text()) == json.loads((squares / "a.json").read_text())
-    with pytest.raises(DataError, match="has the classes 'cog', but the model was trained for 'nut', 'bolt'; "):
+    with pytest.raises(InputError, match="has the classes 'cog', but the model was trained for 'nut', 'bolt'; "):
         run(classes=["nut", "bolt"])
 
 
