@@ -32,7 +32,7 @@ def mask_losses(logits, targets, index, num_points):
         wanted.append(sampled.take(chosen))
         predicted.append(sample_points(maps, F.embedding(chosen, points)))
     predicted, wanted = torch.cat(predicted), torch.cat(wanted)
-    bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
+    bce = (F.softplus(predicted, threshold=50) - predicted * wanted).mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
     return torch.stack([bce, dice])
