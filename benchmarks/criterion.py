@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -55,6 +56,8 @@ def load_criterion(folder, config):
     """SetCriterion of the checkout in this folder."""
     for name in ("losses", "matcher"):
         sys.modules.pop(name, None)
+    if not (Path(folder) / "losses.py").exists():
+        sys.exit(f"benchmarks.criterion: {folder}: has no losses.py; give the root of a checkout")
     sys.path.insert(0, folder)
     criterion = importlib.import_module("losses").SetCriterion(config)
     sys.path.pop(0)
