@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
 BUILD = shlex.join([sys.executable or "python", str(Path(__file__).with_name("setup.py")), "build_ext", "--inplace"])
@@ -255,14 +256,16 @@ def full_precision(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def in_full_precision(function, x):
-    """function(x) without autocast, if it is on, x a tensor, then in float32 if it is in half precision: for boxes, and
-    for the scores that decide a selection, which half precision would round to a few values.
+def in_full_precision(function, *args):
+    """function(*args) without autocast, if it is on, and with half-precision tensors among the arguments in float32.
+
+    For boxes, and for the scores that decide a selection, which half precision would round to a few values.
     """
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(full_precision(x))
+    device = next(x for x in tree_leaves(args) if torch.is_tensor(x)).device
+    if not torch.is_autocast_enabled(device.type):
+        return function(*args)
+    with torch.autocast(device.type, enabled=False):
+        return function(*tree_map_only(torch.Tensor, full_precision, args))
 
 
 class MLP(nn.Module):

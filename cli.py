@@ -288,6 +288,21 @@ def warn(line):
         print(f"{Path(sys.argv[0]).name}: warning: {line}", file=sys.stderr, flush=True)
 
 
+def percent(value):
+    """A metric for printing."""
+    return "    -" if value is None else f"{value:5.1f}"
+
+
+def write_whole(path, write):
+    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def run_program(main):
     """Run a program's `main`; bad data, bad input, files that cannot be written, lack of memory and Ctrl-C end it with
     one line and a status other than 0. Warnings take one line as well.

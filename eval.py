@@ -21,9 +21,11 @@ from cli import (
     choose_device,
     gather,
     open_split,
+    percent,
     positive,
     run_program,
     use_precision,
+    write_whole,
 )
 from coco import coco_results, encode_masks, match_classes
 from config import InputError
@@ -99,8 +101,6 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
         for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
             for b, target in enumerate(targets):
                 one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image only
-                if autocast:  # a sum over a mask may exceed float16
-                    one = {name: value.float() for name, value in one.items()}
                 if labels:
                     one["pred_logits"] = one["pred_logits"][..., labels]
                 sizes = [target["size"]], [target["original_size"]]
@@ -149,11 +149,6 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, m
     return gather(score(dataset, results, max_detections) if results and results[0] else None)[0]
 
 
-def percent(value):
-    """A metric for printing."""
-    return "    -" if value is None else f"{value:5.1f}"
-
-
 def print_scores(scores):
     """Print the metrics and, where they are there, AP per class, and box AP, mask AP and their difference per layer."""
     print("       " + "  ".join(f"{metric:>5}" for metric in scores["box"]))
@@ -194,13 +189,14 @@ def new_file(path, beginning):
 
 def write_file(path, parts):
     """Write a text, given in parts, whole or not at all. Raises InputError where the disk does not take it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+
+    def write(temporary):
         with open(temporary, "w") as file:
             file.writelines(parts)
-        os.replace(temporary, path)
+
+    try:
+        write_whole(path, write)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from matcher import HungarianMatcher, full_precision, pairwise_giou, sample_masks, sample_points
+from attention import full_precision
+from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 

@@ -7,10 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-
-def full_precision(x):
-    """The tensor, in float32 if it is of a half-precision dtype, as predictions under autocast are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from attention import full_precision
 
 
 def sample_points(maps, points):

@@ -8,11 +8,10 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import box_convert
 
-from attention import full_precision
+from attention import full_precision, in_full_precision
 from backbone import build_backbone
 from bato import BATO
 from config import PRESETS, InputError
@@ -101,7 +100,7 @@ class DIMaskDINO(nn.Module):
         autocast, as in the published training (mixed precision in float16).
         """
         for module in (self.encoder, self.decoder, *self.di.interactions):
-            module.forward = partial(without_autocast, module.forward)
+            module.forward = partial(in_full_precision, module.forward)
 
     def batch(self, images):
         """List of (3, H, W) RGB images in [0, 1], or a batch of them -> normalised (B, 3, H, W), zero-padded at the
@@ -115,13 +114,6 @@ class DIMaskDINO(nn.Module):
         images = [(image.to(like) - mean) / std for image in images]
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
-
-
-def without_autocast(forward, *args):
-    """forward(*args) without autocast; half-precision tensors among its arguments become float32."""
-    device = next(x for x in tree_leaves(args) if torch.is_tensor(x)).device
-    with torch.autocast(device.type, enabled=False):
-        return forward(*tree_map_only(torch.Tensor, full_precision, args))
 
 
 def check_images(images):

@@ -13,15 +13,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from attention import full_precision
 from checkpoint import load_model
-from cli import add_precision_argument, choose_device, count, positive, run_program, use_precision
+from cli import add_precision_argument, choose_device, count, positive, run_program, use_precision, write_whole
 from coco import coco_results, encode_masks
 from config import InputError
 from data import eval_transform
 from drawing import draw_instances, is_drawing, save_png, side_by_side
 from images import DECODER_ERRORS, DataError, read_image
-from model import PREDICTIONS, postprocess
+from model import postprocess
 
 # Suffixes of what PIL decodes by itself; the formats named are those that it only recognises.
 EXTENSIONS = {
@@ -48,7 +47,7 @@ def predict_layers(model, image, device, layers, score_threshold=0.0, max_detect
     sizes = [resized.shape[1:]], [tuple(image.shape[1:])]
     found = []
     for layer in layers:
-        predictions = {name: full_precision(outputs[last if layer is None else layer][name]) for name in PREDICTIONS}
+        predictions = outputs[last if layer is None else layer]
         [detections] = postprocess(predictions, *sizes, max_detections, score_threshold, encode)
         found.append({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in detections.items()})
     return found
@@ -150,16 +149,6 @@ def is_image_list(path):
         return all("overlay" in entry for entry in json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return False
-
-
-def write_whole(path, write):
-    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_entries(path, entries):

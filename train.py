@@ -23,7 +23,7 @@ from coco import check_sizes, match_classes
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import seed_of, to_device, train_batches
 from drawing import draw_instances, save_png
-from eval import evaluate, percent
+from eval import evaluate
 from losses import SetCriterion
 from model import DIMaskDINO, postprocess
 
@@ -422,7 +422,7 @@ class Trainer:
             if self.iteration == self.schedule.iterations:
                 (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
             self.log.write(json.dumps(self.evaluations[-1]) + "\n")
-            box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
+            box, mask = (cli.percent(scores[kind]["AP"]) for kind in ("box", "mask"))
             self.progress.write(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
         return False

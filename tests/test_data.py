@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from annotations import HEIGHT, SQUARE, WIDTH, annotation, compressed_rle, dataset, square_mask, uncompressed_rle
 from PIL import Image
 from pycocotools import mask as mask_utils
 from scipy.ndimage import minimum_filter1d
@@ -21,38 +22,7 @@ from images import DataError, read_image
 TESTS = Path(__file__).resolve().parent
 TINY_COCO = TESTS.parents[1] / "shared" / "data" / "tiny_coco"
 needs_tiny_coco = pytest.mark.skipif(not TINY_COCO.is_dir(), reason="tiny_coco is not there")
-WIDTH, HEIGHT = 40, 30
 SAME_SIZE = HEIGHT, WIDTH  # test_size that leaves the images as they are
-SQUARE = [[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]]  # columns 10 to 19, rows 5 to 14
-
-
-def square_mask():
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[5:15, 10:20] = 1
-    return mask
-
-
-def uncompressed_rle(mask):
-    flat = mask.flatten(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, len(flat)]).tolist()
-    return {"size": list(mask.shape), "counts": [0] * int(flat[0]) + runs}
-
-
-def compressed_rle(mask):
-    rle = mask_utils.encode(np.asfortranarray(mask))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
-
-
-def annotation(id, segmentation=SQUARE, image_id=1, category_id=7, **changes):
-    fields = {"id": id, "image_id": image_id, "category_id": category_id, "segmentation": segmentation}
-    return fields | {"bbox": [10.0, 5.0, 10.0, 10.0], "area": 100.0, "iscrowd": 0} | changes
-
-
-def dataset(annotations):
-    images = [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in (1, 2)]
-    categories = [{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def write(folder, content):
