@@ -103,3 +103,21 @@ def test_collect(tmp_path):
     layers = [{"box": 12.35, "mask": 12.35}]
     expected = {"row": "DI and BATO", "seed": 1, "commit": "abc, def", "seconds": 8, "layers": layers}
     assert imbalance.collect(tmp_path, 2) == [expected]
+
+
+def test_what_results_json_has_is_not_trained_again(tmp_path, monkeypatch):
+    made = [{"row": name, "seed": 0, "commit": "abc", "seconds": 8, "layers": [{"box": 1.0, "mask": 2.0}] * 4}
+            for name in imbalance.FLAGS]  # fmt: skip
+    path, started = tmp_path / "results.json", []
+    path.write_text(json.dumps({"recipe": " ".join(imbalance.RECIPE), "runs": made}))
+    monkeypatch.setattr(imbalance, "make_shapes", lambda *args, **kwargs: None)
+    monkeypatch.setattr(imbalance, "run_all", lambda runs, *args: started.extend(str(folder) for folder, *_ in runs))
+    monkeypatch.setattr(
+        sys, "argv", ["imbalance", "--seeds", "2", "--results", str(tmp_path), "--output", str(tmp_path)]
+    )
+    imbalance.main()
+    assert len(started) == len(imbalance.FLAGS) and all(folder.endswith("-1") for folder in started)
+    assert json.loads(path.read_text())["runs"] == made
+    assert imbalance.earlier_runs(path, 2) == made and not imbalance.earlier_runs(tmp_path / "none.json", 2)
+    path.write_text(path.read_text().replace("--epochs 5", "--epochs 6"))
+    assert imbalance.earlier_runs(path, 2) == []

@@ -55,6 +55,15 @@ def collect(output, seeds):
     return runs
 
 
+def earlier_runs(path, seeds):
+    """The runs of a results.json that were trained with today's recipe: they count as finished, also on a machine that
+    lacks their folders.
+    """
+    content = json.loads(path.read_text()) if path.exists() else {}
+    same = content.get("recipe") == shlex.join(RECIPE)
+    return [run for run in content["runs"] if run["row"] in FLAGS and run["seed"] < seeds] if same else []
+
+
 def per_layer(runs, name, kind, seeds=None):
     """Per layer the values of one row, a list in the order of the seeds; kind "box", "mask", or "gap" for box - mask.
 
@@ -154,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Trains the four rows of Table 4, and the rows of Table 3 with a constraint, on shapes-hard with "
         "several seeds, evaluates every decoder layer, prints tables of them in Markdown, and writes results.json and, "
-        "with matplotlib, plot.png. Finished runs are skipped, unfinished ones go on."
+        "with matplotlib, plot.png. Runs that are in results.json already are kept, unfinished ones go on."
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs per row (default: 5)")
     parser.add_argument(
@@ -172,13 +181,17 @@ def main():
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs: 1 or more")
     output, results = ROOT / args.output, Path(args.results)
-    make_shapes(ROOT / "runs" / "shapes-hard", hard=True)  # before runs that start together do it
+    runs = earlier_runs(results / "results.json", args.seeds)
+    known = {(run["row"], run["seed"]) for run in runs}
     # Seed by seed, so that what is there early compares all rows.
-    work = [(name, seed) for seed in range(args.seeds) for name in FLAGS]
-    run_all([(run_folder(output, *one), "eval.json", command(output, *one)) for one in work], args.jobs,
-            shlex.split(args.launcher))  # fmt: skip
+    work = [(name, seed) for seed in range(args.seeds) for name in FLAGS if (name, seed) not in known]
+    if work:
+        make_shapes(ROOT / "runs" / "shapes-hard", hard=True)  # before runs that start together do it
+        run_all([(run_folder(output, *one), "eval.json", command(output, *one)) for one in work], args.jobs,
+                shlex.split(args.launcher))  # fmt: skip
 
-    runs = collect(output, args.seeds)
+    runs += [run for run in collect(output, args.seeds) if (run["row"], run["seed"]) not in known]
+    runs.sort(key=lambda run: (run["seed"], list(FLAGS).index(run["row"])))
     config = {name: getattr(PRESETS["tiny"], name) for name in ("decoder_layers", "selections", "train_size")}
     content = {"recipe": shlex.join(RECIPE), "commit": commit(), "machine": machine(), "config": config, "runs": runs}
     (results / "results.json").write_text(json.dumps(content, indent=1) + "\n")
