@@ -1,5 +1,6 @@
 """Paths and threads for all tests, a small data set, and training on it."""
 
+import importlib
 import os
 import signal
 import sys
@@ -57,12 +58,23 @@ def uninterrupted(run, tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
-    """The path of a checkpoint of an untrained model of ten classes for images of 64 pixels."""
+def save_untrained(path, **settings):
+    """Write a checkpoint of an untrained model of ten classes for images of 64 pixels; returns its path."""
     torch.manual_seed(0)
-    config = replace(PRESETS["tiny"], test_size=(64, 64))
+    config = replace(PRESETS["tiny"], test_size=(64, 64), **settings)
     classes = [f"kind {i}" for i in range(10)]
-    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
     torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """The path of a checkpoint of `tiny`, of 47 MB."""
+    return save_untrained(tmp_path_factory.mktemp("tiny") / "checkpoint.pt")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory):
+    """The path of one with a backbone of a few channels, for the programs in this process and in forked ones."""
+    importlib.import_module("programs")
+    return save_untrained(tmp_path_factory.mktemp("small") / "checkpoint.pt", backbone="resnet_narrow")

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 import torch
-from programs import SMALL, assert_same_run, checkpoint, copy_of, log, program
+from programs import SMALL, TRAINING, assert_same_run, checkpoint, copy_of, log, program
 
 import checkpoint as checkpoints
 from backbone import ResNet
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsy
         ("--no-augmentation", "augment True instead of False"),
         ("--keep-empty", "keep_empty False instead of True"),
         ("--backbone-lr 0", "frozen_backbone False instead of True"),
-        ("--decoder-layers 2", "decoder_layers 3 instead of 2"),
+        ("--decoder-layers 3", "decoder_layers 2 instead of 3"),
         ("--no-bato", "bato True instead of False"),
         ("--selections 30", "selections"),
     ],
@@ -81,6 +81,13 @@ def test_a_longer_schedule_in_another_split_is_resumed(run, uninterrupted, tmp_p
     assert checkpoint(output)["iteration"] == 15
 
 
+def test_existing_run_is_not_overwritten(run, uninterrupted):
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        run("--output", uninterrupted, *SMALL)
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+
+
 def test_nothing_to_resume(run, tmp_path, capsys):
     run("--output", tmp_path / "out", *SMALL, "--resume", "--max-iterations", 1)
     assert f"nothing to resume in {tmp_path / 'out'}: starting anew" in capsys.readouterr().out
@@ -91,7 +98,7 @@ def test_full_disk(shapes, tmp_path):
     """No room for a second checkpoint on a small disk: one clear line, and the first one still loads."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("may not mount a file system")
     try:
         flags = ["--data-root", shapes, "--output", disk / "out", *SMALL, "--save-every", 1]
@@ -133,7 +140,7 @@ def test_backbone_weights_by_default(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "torch.hub.download_url_to_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no network"))
     )
-    flags = ["--output", tmp_path / "out", "--preset", "dimaskdino_r50", *SMALL]
+    flags = ["--output", tmp_path / "out", "--preset", "dimaskdino_r50", *TRAINING]
     with pytest.raises(InputError, match=f"no network.*put it into {tmp_path / 'cache'}.*--backbone-weights none"):
         run(*flags)
     assert not (tmp_path / "out").exists()
@@ -153,8 +160,8 @@ def test_backbone_weights_by_default(run, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def content(tiny_checkpoint):
-    return torch.load(tiny_checkpoint, weights_only=True)
+def content(small_checkpoint):
+    return torch.load(small_checkpoint, weights_only=True)
 
 
 def saved(tmp_path, content):

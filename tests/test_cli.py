@@ -35,7 +35,7 @@ PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "predict.py": pr
 
 
 def write_checkpoint(path, classes):
-    config = replace(PRESETS["tiny"], num_classes=len(classes), test_size=(64, 64))
+    config = replace(PRESETS["tiny"], backbone="resnet_narrow", num_classes=len(classes), test_size=(64, 64))
     torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
 
 
@@ -231,6 +231,7 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
 }  # fmt: skip
 if not torch.cuda.is_available():
     FLAGS["no GPU"] = ("eval coco", ["--device", "cuda"], "--device cuda: no usable CUDA GPU")
+    FLAGS["no GPU to train on"] = ("train coco", ["--device", "cuda"], "--device cuda: no usable CUDA GPU")
 
 
 def error_line(status, message):
@@ -259,8 +260,16 @@ def test_wrong_flags(good, capsys, monkeypatch, case):
     assert not (good / "out").exists()
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_ends_well(capsys, monkeypatch, program):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.run_program(PROGRAMS[program])
+    assert end.value.code == 0 and "--device" in capsys.readouterr().out
+
+
 def test_as_a_user_sees_it(folder):
-    program, file, damage, says = FILES["bitmask cut off"]
+    program, file, damage, says = FILES["checkpoint cut off"]
     damage(folder / file)
     name, *flags = command(program)
     arguments = [sys.executable, ROOT / name, *(flag.replace("DIR", str(folder)) for flag in flags)]

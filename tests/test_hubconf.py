@@ -31,15 +31,20 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
+@pytest.fixture(scope="module")
+def detect(small_checkpoint):
+    return load("predictor", checkpoint=small_checkpoint, device="cpu")
+
+
 def same(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_the_predictor_takes_every_form_of_an_image(tiny_checkpoint, photo):
-    detect = load("predictor", checkpoint=tiny_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
+def test_the_predictor_takes_every_form_of_an_image(small_checkpoint, photo):
+    detect = load("predictor", checkpoint=small_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
     upright = read_image(photo)
     assert upright.shape == (3, 70, 50)
-    expected = predict.predict(load_model(tiny_checkpoint)[0], upright, "cpu", 0.001, 20)
+    expected = predict.predict(load_model(small_checkpoint)[0], upright, "cpu", 0.001, 20)
     assert expected["masks"].shape == (20, 70, 50) and detect.classes[3] == "kind 3"
     array = upright.permute(1, 2, 0).numpy()
     for image in (
@@ -74,20 +79,19 @@ def test_the_predictor_takes_every_form_of_an_image(tiny_checkpoint, photo):
     (torch.full((3, 9, 9), float("nan")), "values from nan"),
     (Image.new("F", (9, 9)), "a PIL image of mode F"),
 ])  # fmt: skip
-def test_anything_else_gets_an_error_that_says_what_is_expected(tiny_checkpoint, image, found):
-    detect = load("predictor", checkpoint=tiny_checkpoint, device="cpu")
+def test_anything_else_gets_an_error_that_says_what_is_expected(detect, image, found):
     with pytest.raises(ValueError, match=found + r".*; expected a path, .*\(3, H, W\) RGB"):
         detect(image)
 
 
-def test_a_predictor_of_wrong_arguments(tiny_checkpoint, tmp_path):
+def test_a_predictor_of_wrong_arguments(small_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="score_threshold 30: must be between 0 and 1"):
-        load("predictor", checkpoint=tiny_checkpoint, score_threshold=30)
+        load("predictor", checkpoint=small_checkpoint, score_threshold=30)
     with pytest.raises(ValueError, match="max_detections 0"):
-        load("predictor", checkpoint=tiny_checkpoint, max_detections=0)
+        load("predictor", checkpoint=small_checkpoint, max_detections=0)
     with pytest.raises(ValueError, match="no such checkpoint"):
         load("predictor", checkpoint=tmp_path / "none.pt")
-    detect = load("predictor", checkpoint=tiny_checkpoint)
+    detect = load("predictor", checkpoint=small_checkpoint)
     with pytest.raises(ValueError, match="none.jpg: no such image"):
         detect(tmp_path / "none.jpg")
 

@@ -4,15 +4,14 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import program
 from pycocotools import mask as mask_utils
 
 import cli
@@ -20,8 +19,6 @@ import predict
 from checkpoint import load_model
 from coco import encode_masks
 from images import read_image
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -39,11 +36,11 @@ def picture(size, seed=0):
 
 
 @pytest.fixture
-def run(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def run(small_checkpoint, tmp_path, monkeypatch, capsys):
     """Runs predict.py in this process into tmp_path/out: (exit status, stdout, stderr)."""
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run(*arguments, checkpoint=tiny_checkpoint, output=tmp_path / "out", threshold=0):
+    def run(*arguments, checkpoint=small_checkpoint, output=tmp_path / "out", threshold=0):
         flags = ["--checkpoint", checkpoint, "--output", output, "--score-threshold", threshold, "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, [*flags, *arguments])])
         try:
@@ -166,8 +163,8 @@ def test_every_image_is_listed(run, folder, tmp_path):
     ]  # fmt: skip
 
 
-def test_detections_are_those_of_the_model(run, folder, tmp_path, tiny_checkpoint):
-    model, _ = load_model(tiny_checkpoint)
+def test_detections_are_those_of_the_model(run, folder, tmp_path, small_checkpoint):
+    model, _ = load_model(small_checkpoint)
     every = predict.predict(model, read_image(folder / "a.png"), "cpu")
     threshold = every["scores"][4].item()  # as JSON writes it, and above it five
     assert run("--max-detections", 9, folder / "a.png", threshold=threshold)[0] == 0
@@ -267,8 +264,8 @@ def test_wrong_flags(run, folder, tmp_path, flags, says):
     (float("nan"), "bad.pt: heads.mask_head.layers.2.bias holds NaN or infinity"),
     (3e38, "the model predicts NaN or infinity"),
 ])  # fmt: skip
-def test_predictions_that_are_no_numbers(run, folder, tmp_path, tiny_checkpoint, value, says):
-    content = torch.load(tiny_checkpoint, weights_only=True)
+def test_predictions_that_are_no_numbers(run, folder, tmp_path, small_checkpoint, value, says):
+    content = torch.load(small_checkpoint, weights_only=True)
     content["model"]["heads.mask_head.layers.2.bias"] += value
     torch.save(content, tmp_path / "bad.pt")
     assert says in error_line(run(folder, checkpoint=tmp_path / "bad.pt"))
@@ -335,25 +332,19 @@ def test_what_the_machine_lacks_is_one_line(run, folder, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_keeps_what_is_done(tiny_checkpoint, tmp_path, number):
+def test_an_interruption_keeps_what_is_done(small_checkpoint, tmp_path, number):
     (tmp_path / "in").mkdir()
     for i in range(400):
         picture((64, 64), i).save(tmp_path / "in" / f"{i:03}.png")
-    flags = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", "--score-threshold", "0"]
-    command = [sys.executable, ROOT / "predict.py", *flags, "--device", "cpu", tmp_path / "in"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "out" / "003.png").exists():
-        time.sleep(0.02)
-    process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.endswith("predict.py: interrupted\n") and "Traceback" not in errors
+    flags = ["--checkpoint", small_checkpoint, "--output", tmp_path / "out", "--score-threshold", "0"]
+    process = program("predict", *flags, "--device", "cpu", tmp_path / "in", output=tmp_path / "predict")
+    process.until((tmp_path / "out" / "003.png").exists)
+    process.signal(number)
+    assert process.wait() == 130
+    printed, errors = process.out, process.err
+    assert errors.endswith("predict.py: interrupted\n") and "Traceback" not in errors
     entries, results = read(tmp_path / "out", "images"), read(tmp_path / "out", "detections")
     done = [entry["id"] for entry in entries if entry["overlay"]]
     assert 3 <= len(done) < 400 == len(entries) and f"{len(done)} of 400 images" in printed
     assert {i: 100 for i in done}.items() <= {i: sum(r["image_id"] == i for r in results) for i in range(401)}.items()
     assert not list((tmp_path / "out").glob("*.tmp"))
-
-
-def test_help_ends_well(run):
-    status, printed, _ = run("--help")
-    assert status == 0 and "--score-threshold" in printed

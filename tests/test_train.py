@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from programs import SMALL, Process, assert_same_run, checkpoint, group, log, program
+from PIL import Image
+from programs import SMALL, TRAINING, Process, assert_same_run, checkpoint, group, log, program
 from torch.nn.parallel import DistributedDataParallel
 
 import train
 from cli import open_split
-from config import InputError
+from config import Config, InputError
 from data import TrainSampler, collate
 from eval import evaluate
 from images import DataError
 from losses import SetCriterion
-from model import build_model
+from model import DIMaskDINO, build_model
 from train import backward, lr_factor, make_schedule, parameter_groups, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +154,8 @@ def fix_points(patch):
 
 def small_model(**overrides):
     torch.manual_seed(0)
-    return build_model("tiny", **({"noise_scale": 0.0, "denoising_queries": 0} | overrides)).double()
+    settings = {"noise_scale": 0.0, "denoising_queries": 0, "backbone": "resnet_narrow"}
+    return build_model("tiny", **(settings | overrides)).double()
 
 
 def samples(shapes, count=8):
@@ -206,6 +209,14 @@ def test_a_part_without_instances(shapes, fixed_points):
     assert all(gradient is not None for gradient in parts.values())
 
 
+def untrained_scores(shapes):
+    """Of every layer of an untrained model, by this process's share of the images."""
+    torch.manual_seed(0)
+    dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
+    model = build_model("tiny", backbone="resnet_narrow")
+    return evaluate(model, dataset, CPU, per_layer=True, batch_size=1)
+
+
 def part_of_two(rank, shapes, output):
     """What one of two processes makes of its share of several steps."""
     torch.set_num_threads(1)
@@ -228,9 +239,7 @@ def part_of_two(rank, shapes, output):
         batch = [images[rank]], first_instances(targets[rank : rank + 1], counts[rank])
         backward(DistributedDataParallel(model), SetCriterion(model.config), [batch])
         found[name] = groups, {n: p.grad for n, p in model.named_parameters()}
-    torch.manual_seed(0)
-    dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
-    found["scores"] = evaluate(build_model("tiny"), dataset, CPU, per_layer=True, batch_size=1)
+    found["scores"] = untrained_scores(shapes)
     torch.save(found, f"{output}.{rank}.pt")
     dist.destroy_process_group()
 
@@ -258,9 +267,7 @@ def test_two_processes_are_one(shapes, fixed_points, tmp_path, monkeypatch):
         assert_close(found[0][name][1], found[1][name][1], rtol=0)
 
     monkeypatch.undo()
-    torch.manual_seed(0)
-    dataset = open_split(parse_arguments(["--data-root", str(shapes)]), "val", (64, 64))
-    scores = evaluate(build_model("tiny"), dataset, CPU, per_layer=True, batch_size=1)
+    scores = untrained_scores(str(shapes))
     assert found[0]["scores"] == found[1]["scores"] == scores
 
 
@@ -333,6 +340,11 @@ def test_last_two_and_best_are_kept(uninterrupted):
     assert json.loads((uninterrupted / "eval.json").read_text())["box"] == evaluations[-1]["box"]
     assert [entry["epoch"] for entry in evaluations] == [1, 2, 3, 4]
     assert {path.name for path in uninterrupted.glob("*.png")} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
+    with Image.open(uninterrupted / "epoch_001.png") as picture:
+        assert picture.height >= 2 * 320
+    assert all(math.isfinite(entry["loss"]) for entry in log(uninterrupted) if "loss" in entry)
+    last = checkpoint(uninterrupted)
+    assert last["epoch"] == 4 and last["config"]["num_classes"] == len(last["classes"]) == 10
 
 
 # Several processes
@@ -340,7 +352,7 @@ def test_last_two_and_best_are_kept(uninterrupted):
 
 def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
     """The program itself under torchrun: one log, one checkpoint, every image once, and nothing but its own words."""
-    flags = ["--data-root", shapes, "--output", tmp_path / "out", *SMALL, "--epochs", 2, "--warmup", 2]
+    flags = ["--data-root", shapes, "--output", tmp_path / "out", *TRAINING, "--epochs", 2, "--warmup", 2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     process = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
@@ -476,7 +488,8 @@ def test_a_frozen_backbone(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train.DIMaskDINO, "forward", watched)
     run("--output", tmp_path / "out", *SMALL, "--backbone-lr", 0, "--max-iterations", 2, "--no-eval")
     torch.manual_seed(0)
-    before, after = build_model("tiny").state_dict(), checkpoint(tmp_path / "out")["model"]
+    after = checkpoint(tmp_path / "out")
+    before, after = DIMaskDINO(Config(**after["config"])).state_dict(), after["model"]
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed and not any(name.startswith("backbone") for name in changed)
     assert modes == [(True, False)] * 2
@@ -511,18 +524,32 @@ def changed_copy(shapes, target, change):
 
 
 def test_images_without_instances(shapes, tmp_path):
-    """They are background with --keep-empty, and are left out otherwise; both train."""
+    """They are background with --keep-empty, and are left out otherwise; both train, and both sorts are evaluated."""
 
     def change(content, split):
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 4]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] > (4 if split == "train" else 2)]
 
-    flags = [*changed_copy(shapes, tmp_path, change), "--no-eval", "--seed", "1"]
-    for number, more in ((8, []), (12, ["--keep-empty"])):
-        args = parse_arguments([*flags, *more, *SMALL, "--output", str(tmp_path / str(number))])
+    flags = [*changed_copy(shapes, tmp_path, change), "--seed", "1"]
+    for number, more in ((8, []), (12, ["--keep-empty", "--no-eval"])):
+        args = parse_arguments([*flags, *more, *SMALL, "--epochs", "2", "--output", str(tmp_path / str(number))])
         trainer = train.Trainer(args, CPU, 0, 1)
         assert len(trainer.train_set) == number
         trainer.run()
-        assert trainer.iteration == number and trainer.val_set is None
+        assert trainer.iteration == number // 2 and (trainer.val_set is None) == ("--no-eval" in more)
+    assert [entry["epoch"] for entry in log(tmp_path / "8") if "box" in entry] == [1, 2]
+
+
+def test_an_image_that_a_worker_cannot_read(shapes, tmp_path):
+    """The error of another process comes out as one line."""
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    image = sorted((root / "images" / "val2017").iterdir())[-1]
+    image.write_bytes(image.read_bytes()[:300])
+    flags = ["--data-root", root, "--output", tmp_path / "out", *SMALL, "--workers", 1, "--epochs", 1]
+    process = program("train", *flags, output=tmp_path / "train")
+    assert process.wait() == 1 and "Traceback" not in process.err
+    [line] = [line for line in process.err.splitlines() if "error:" in line]
+    assert image.name in line
 
 
 def test_a_class_less_in_val(shapes, tmp_path):
