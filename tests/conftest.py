@@ -14,9 +14,16 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "golden")]
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: runs are equal bit for bit at equal threads
 torch.set_num_threads(1)  # small tensors are slower with more; tests/test_golden.py takes more for its large ones
+# Files that take longest come first: at the end, no worker of pytest-xdist is left alone with one of them.
+SLOW = ["golden", "train", "export", "training_steps", "backbone", "convert", "attention", "model", "ablations"]
 
 from config import PRESETS  # noqa: E402
 from model import DIMaskDINO  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """The paper's ablations, Tables 3-9: what every switch changes in the model and what not."""
 
 from dataclasses import asdict
+from functools import cache
 
+import programs
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from di import gather_tokens
 from losses import SetCriterion
 from model import build_model
 
+assert programs  # has the backbone "resnet_narrow"
 SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
+SMALL |= {"backbone": "resnet_narrow"}
 SWITCHES = {
     "default": {},
     "no DI": {"di": False},
@@ -59,6 +63,7 @@ def batch(*counts):
     return rand(len(counts), 3, 64, 64), targets
 
 
+@cache
 def inspect(switch, training=False):
     """What the model with a switch computes on the same images, and what its parts are given.
 

@@ -74,7 +74,14 @@ def test_nan_is_an_error(name):
 
 
 def pairwise_iou(kind, detection, truth):
-    """IoU of two {"box": xywh, "mask": bool}; with a crowd the share of the detection inside it."""
+    """IoU of two {"box": xywh, "mask": bool}; with a crowd the share of the detection inside it. Computed once."""
+    known = detection.setdefault(kind + " IoU", {})
+    if id(truth) not in known:
+        known[id(truth)] = compute_iou(kind, detection, truth)
+    return known[id(truth)]
+
+
+def compute_iou(kind, detection, truth):
     if kind == "mask":
         overlap, a, b = (x.sum() for x in (detection["mask"] & truth["mask"], detection["mask"], truth["mask"]))
     else:

@@ -42,8 +42,11 @@ def threads(count):
 
 @pytest.fixture(scope="module", autouse=True)
 def all_cores():
-    """More threads than the other tests take, as the tensors are large."""
-    with threads(min(4, os.cpu_count())):
+    """All cores that the workers of pytest-xdist leave to each, as the tensors are large; two threads on one core wait
+    for each other for longer than they compute.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    with threads(max(1, os.cpu_count() // workers)):
         yield
 
 
@@ -236,13 +239,15 @@ def mask_loss_draws(system):
         by_group = layer["pred_masks"].detach().unflatten(1, (groups, n_max))
         torch.testing.assert_close(by_group, by_group[:, :1].expand_as(by_group), rtol=1e-9, atol=1e-9)
         sets[suffix] = layer, [(i, i) for i in order]
-    draws = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), threads(1):  # many small operations
+    draws, rand = {}, torch.rand
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), threads(1), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
+        # The points are those of float64; what is found there is computed in float32, quicker and far below the spread.
+        patch.setattr(torch, "rand", lambda *size, dtype, device: rand(*size, dtype=torch.float64).to(device, dtype))
         for suffix, (layer, pairs) in sets.items():
             masks = torch.cat([masks[query] for masks, (query, _) in zip(layer["pred_masks"], pairs, strict=True)])
             wanted = torch.cat([t["masks"][index] for t, (_, index) in zip(targets, pairs, strict=True)])
-            args = [masks], [{"masks": wanted}], torch.arange(len(masks)), system.model.config.loss_points
+            args = [masks.float()], [{"masks": wanted}], torch.arange(len(masks)), system.model.config.loss_points
             found = [losses.mask_losses(*args).sum(1) for _ in range(DRAWS)]
             for name, values in zip(("loss_mask", "loss_dice"), zip(*found, strict=True), strict=True):
                 draws[name + suffix] = np.array(values) / count, groups if "dn" in suffix else 1
@@ -276,11 +281,11 @@ def test_gradients(system, load):
 
 @pytest.fixture(scope="module")
 def padded_model():
-    """The model of both padded cases, their images, and the images' feature maps (they take a third of the time)."""
+    """The model of both padded cases, their images, and T_i and F (they take most of the time)."""
     model = released_model("dimaskdino_r50", salt=3).eval()
     images = recipe_images(PADDED_SIZES, 5)
     with torch.no_grad():
-        return model, images, model.backbone(model.batch(images))
+        return model, images, model.encoder(model.backbone(model.batch(images)))
 
 
 @pytest.fixture(scope="module", params=["padded", "padded_empty_masks"])
@@ -291,9 +296,11 @@ def padded(request, padded_model):
         assert golden["sizes"].tolist() == PADDED_SIZES
         shift = float(golden["mask_shift"])
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.backbone, "forward", lambda images: features)
-        for bias, change in ((model.encoder.pixel_proj.bias, shift), (model.heads.mask_head.layers[2].bias, -shift)):
-            patch.setattr(bias, "data", bias.data + change)
+        patch.setattr(model.backbone, "forward", lambda images: None)
+        # `mask_shift` is added to the bias of the convolution that F comes out of.
+        patch.setattr(model.encoder, "forward", lambda maps: features._replace(pixels=features.pixels + shift))
+        bias = model.heads.mask_head.layers[2].bias
+        patch.setattr(bias, "data", bias.data - shift)
         return SimpleNamespace(name=request.param, outputs=model(images, all_layers=True))
 
 

@@ -4,9 +4,11 @@ import json
 import sys
 
 import numpy as np
+import programs
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 import experiments.real_images.__main__ as real_images
 import train
@@ -15,13 +17,23 @@ from data import CocoInstances, collate
 from experiments.real_images import mask_rcnn, scoring
 from shapes import make_shapes
 
+assert programs  # has the backbone "resnet_narrow"
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Checkpoints of Mask R-CNN have 400 MB, which need not reach the disk; masks of 400 random detections are slow."""
+    """Checkpoints of Mask R-CNN would have 400 MB, and need not reach the disk; 400 random masks are slow."""
     monkeypatch.setattr("checkpoint.os.fsync", lambda file: None)
     build = mask_rcnn.build_mask_rcnn
-    monkeypatch.setattr(mask_rcnn, "build_mask_rcnn", lambda classes, samples=4, most=9: build(classes, samples, 9))
+
+    def build_small(classes, samples=4, most=9):
+        model = build(classes, samples, 9)
+        model.backbone.body["layer4"] = torch.nn.Conv2d(256, 512, 1, stride=2)
+        model.roi_heads.box_head = TwoMLPHead(256 * 7 * 7, 32)
+        model.roi_heads.box_predictor = FastRCNNPredictor(32, classes + 1)
+        return model
+
+    monkeypatch.setattr(mask_rcnn, "build_mask_rcnn", build_small)
 
 
 PROGRAMS = {"train.py": train.main, "mask_rcnn": mask_rcnn.main, "scoring": scoring.main}
@@ -99,7 +111,12 @@ def in_process(monkeypatch):
 
 def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     flags = ["--data-root", few, "--minutes", 0.001, "--seeds", 1, "--size", 32, "--batch-size", 2, "--jobs", 1]
-    flags += ["--flags", "--selections 40,20 --loss-points 32", "--mask-rcnn-flags", "--samples 4"]
+    flags += [
+        "--flags",
+        "--selections 40,20 --loss-points 32 --backbone resnet_narrow --encoder-layers 1",
+        "--mask-rcnn-flags",
+        "--samples 4",
+    ]
     flags = list(map(str, [*flags, "--output", tmp_path / "runs", "--results", tmp_path]))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "epochs.json").write_text('{"mask-dino": 1, "mask-rcnn": 1}')

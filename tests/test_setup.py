@@ -1,6 +1,7 @@
 """Tests of setup.py, which builds csrc, run as a user runs it."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,13 +19,13 @@ def run(*command, cwd, **environment):
     return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-BUILD_WITHOUT_NVCC = """
-import pathlib, runpy, sys
-exists = pathlib.Path.exists
-pathlib.Path.exists = lambda path: path.name != "target" and exists(path)  # a header of every CUDA toolkit
-sys.argv[1:1] = ["--quiet", "build_ext", "--inplace"]
-runpy.run_path("../setup.py", run_name="__main__")
-"""
+def build(folder):
+    """In a process of its own: setup.py, called from a folder below its own, where no nvcc is found."""
+    exists = Path.exists
+    Path.exists = lambda path: path.name != "target" and exists(path)  # a header of every CUDA toolkit
+    os.chdir(folder)
+    sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    runpy.run_path("../setup.py", run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -38,10 +40,10 @@ def test_a_build_from_another_directory_says_what_is_not_built_and_is_no_error(c
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "small.cpp").write_text("int small;\n")
     shutil.copy(ROOT / "setup.py", tmp_path)
-    process = run("-c", BUILD_WITHOUT_NVCC, cwd=tmp_path / "csrc", CXX=compiler, CC=compiler)
-    assert process.returncode == 0 and "Traceback" not in process.stdout + process.stderr
+    process = Process(build, tmp_path / "csrc", output=tmp_path / "build", CXX=compiler, CC=compiler)
+    assert process.wait() == 0 and "Traceback" not in process.out + process.err, process.err
     said = [part for part in said if part != "no nvcc" or torch.version.cuda]
-    for line, part in zip(process.stdout.splitlines(), said, strict=True):
+    for line, part in zip(process.out.splitlines(), said, strict=True):
         assert part in line and "the model runs in plain PyTorch instead" in line
         assert part != "no nvcc" or torch.version.cuda < "13" or f'"nvidia-nvvm=={torch.version.cuda}.*"' in line
     built = [f"_C.torch-{torch.__version__}.so"] if compiler == "c++" else []
