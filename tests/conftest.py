@@ -1,6 +1,5 @@
 """Paths and threads for all tests, a small data set, and training on it."""
 
-import importlib
 import os
 import signal
 import sys
@@ -83,5 +82,6 @@ def tiny_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory):
     """The path of one with a backbone of a few channels, for the programs in this process and in forked ones."""
-    importlib.import_module("programs")
-    return save_untrained(tmp_path_factory.mktemp("small") / "checkpoint.pt", backbone="resnet_narrow")
+    from programs import NARROW
+
+    return save_untrained(tmp_path_factory.mktemp("small") / "checkpoint.pt", backbone=NARROW)

@@ -18,7 +18,8 @@ from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 TRAINING = "--batch-size 4 --workers 0 --device cpu --epochs 4 --encoder-layers 1 --decoder-layers 2".split()
-SMALL = [*TRAINING, "--backbone", "resnet_narrow"]  # which this module has to be imported for
+NARROW = "resnet_narrow"  # the name of NarrowResNet among torchvision's models, once this module is imported
+SMALL = [*TRAINING, "--backbone", NARROW]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["programs", "train", "eval", "predict"])
 
@@ -34,7 +35,7 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, 64, blocks, stride, dilate)
 
 
-@register_model("resnet_narrow")
+@register_model(NARROW)
 def resnet_narrow(weights, norm_layer):
     return NarrowResNet(norm_layer)
 

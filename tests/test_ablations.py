@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from functools import cache
 
-import programs
 import pytest
 import torch
+from programs import NARROW
 
 from checkpoint import check_config, load_model, save_checkpoint
 from config import Config, InputError
@@ -13,9 +13,8 @@ from di import gather_tokens
 from losses import SetCriterion
 from model import build_model
 
-assert programs  # has the backbone "resnet_narrow"
 SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
-SMALL |= {"backbone": "resnet_narrow"}
+SMALL |= {"backbone": NARROW}
 SWITCHES = {
     "default": {},
     "no DI": {"di": False},

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import Process, group
+from programs import NARROW, Process, group
 
 import cli
 import eval as evaluation
@@ -35,7 +35,7 @@ PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "predict.py": pr
 
 
 def write_checkpoint(path, classes):
-    config = replace(PRESETS["tiny"], backbone="resnet_narrow", num_classes=len(classes), test_size=(64, 64))
+    config = replace(PRESETS["tiny"], backbone=NARROW, num_classes=len(classes), test_size=(64, 64))
     torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
 
 

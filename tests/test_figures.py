@@ -5,10 +5,10 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
-import programs
 import pytest
 import torch
 from PIL import Image
+from programs import NARROW
 
 from checkpoint import save_checkpoint
 from config import InputError
@@ -20,7 +20,6 @@ from model import build_model
 from predict import predict
 
 pytest.importorskip("matplotlib")
-assert programs  # has the backbone "resnet_narrow"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def checkpoints(tmp_path_factory):
     paths = []
     for name, modules in (("mask_dino", False), ("di", True)):
         torch.manual_seed(0)
-        model = build_model("tiny", num_classes=3, backbone="resnet_narrow", di=modules, bato=modules)
+        model = build_model("tiny", num_classes=3, backbone=NARROW, di=modules, bato=modules)
         torch.nn.init.normal_(model.heads.box_head.layers[-1].weight, std=0.2)  # zero at first: no box would move
         paths.append(tmp_path_factory.mktemp("checkpoints") / f"{name}.pt")
         content = {"model": model.state_dict(), "config": asdict(model.config), "classes": ["cat", "dog", "bird"]}
@@ -65,7 +64,7 @@ def test_names(checkpoints):
 @pytest.mark.parametrize("levels", [4, 5])
 def test_tokens_are_where_the_model_has_them(size, levels):
     """At the centres of the model's own candidate boxes, for the level shapes of its encoder."""
-    model = build_model("tiny", num_levels=levels, selections=(20, 10), backbone="resnet_narrow").eval()
+    model = build_model("tiny", num_levels=levels, selections=(20, 10), backbone=NARROW).eval()
     shapes = []
     model.encoder.register_forward_hook(lambda _, args, out: shapes.append(out[1]))
     with torch.no_grad():

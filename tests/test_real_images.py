@@ -4,10 +4,10 @@ import json
 import sys
 
 import numpy as np
-import programs
 import pytest
 import torch
 from PIL import Image
+from programs import NARROW
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 import experiments.real_images.__main__ as real_images
@@ -16,8 +16,6 @@ from coco import coco_paths
 from data import CocoInstances, collate
 from experiments.real_images import mask_rcnn, scoring
 from shapes import make_shapes
-
-assert programs  # has the backbone "resnet_narrow"
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +111,7 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     flags = ["--data-root", few, "--minutes", 0.001, "--seeds", 1, "--size", 32, "--batch-size", 2, "--jobs", 1]
     flags += [
         "--flags",
-        "--selections 40,20 --loss-points 32 --backbone resnet_narrow --encoder-layers 1",
+        "--selections 40,20 --loss-points 32 --encoder-layers 1 --backbone " + NARROW,
         "--mask-rcnn-flags",
         "--samples 4",
     ]

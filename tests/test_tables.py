@@ -6,9 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import programs
 import pytest
 import torch
+from programs import NARROW
 
 import train
 from config import PRESETS, Config, config_from
@@ -18,7 +18,6 @@ from losses import SetCriterion
 from model import DIMaskDINO
 from shapes import make_shapes
 
-assert programs  # has the backbone "resnet_narrow"
 PUBLISHED = {  # box AP, mask AP of every row on COCO and on BDD100K
     ("table1", "coco"): [45.7, 41.4, 46.9, 42.3, 48.4, 44.2, 49.6, 44.8, 51.7, 46.3, 51.9, 46.7]
     + [52.2, 47.2, 53.3, 47.9, 56.8, 51.0, 57.8, 51.8],
@@ -137,7 +136,7 @@ def flags_of(row, output):
 def test_every_row_takes_four_steps(name):
     """The model of the printed flags learns a batch: the loss is finite in four steps, and smaller in the last."""
     config = config_from(train.parse_arguments(flags_of(distinct_rows()[name], "out")))
-    config = replace(config, backbone="resnet_narrow", encoder_layers=1, denoising_queries=4)  # quicker
+    config = replace(config, backbone=NARROW, encoder_layers=1, denoising_queries=4)  # quicker
     torch.manual_seed(0)
     model = DIMaskDINO(config).train()
     criterion = SetCriterion(config)
@@ -177,7 +176,7 @@ def test_train_py_with_the_printed_flags(name, shapes, tmp_path, monkeypatch):
     """On the same kind of data: four steps, the evaluation at the end, and the settings that the flags stand for."""
     row = distinct_rows()[name]
     small = ["--data-root", str(shapes), "--epochs", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
-    flags = [*flags_of(row, tmp_path), *small, "--backbone", "resnet_narrow", "--encoder-layers", "1"]
+    flags = [*flags_of(row, tmp_path), *small, "--backbone", NARROW, "--encoder-layers", "1"]
     flags[flags.index("--data") + 1] = "coco"  # so that make_shapes does not draw 2,000 images
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     train.main()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import SMALL, TRAINING, Process, assert_same_run, checkpoint, group, log, program
+from programs import NARROW, SMALL, TRAINING, Process, assert_same_run, checkpoint, group, log, program
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -154,7 +154,7 @@ def fix_points(patch):
 
 def small_model(**overrides):
     torch.manual_seed(0)
-    settings = {"noise_scale": 0.0, "denoising_queries": 0, "backbone": "resnet_narrow"}
+    settings = {"noise_scale": 0.0, "denoising_queries": 0, "backbone": NARROW}
     return build_model("tiny", **(settings | overrides)).double()
 
 
@@ -213,7 +213,7 @@ def untrained_scores(shapes):
     """Of every layer of an untrained model, by this process's share of the images."""
     torch.manual_seed(0)
     dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
-    model = build_model("tiny", backbone="resnet_narrow")
+    model = build_model("tiny", backbone=NARROW)
     return evaluate(model, dataset, CPU, per_layer=True, batch_size=1)
 
 
