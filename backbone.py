@@ -22,6 +22,8 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
+from config import InputError
+
 # Swin transformers: embedding channels, blocks of the third stage, window side, stochastic depth. "_384" are those with
 # the larger window, pretrained on images of 384 pixels.
 SWINS = {
@@ -35,8 +37,12 @@ SWINS = {
 
 
 def build_backbone(name, frozen_batch_norm=True):
-    """A randomly initialised backbone, by a name in `SWINS` or that of a ResNet in torchvision.models."""
-    return Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
+    """A randomly initialised backbone: a name in `SWINS` or a ResNet of torchvision.models; InputError for others."""
+    try:
+        return Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
+    except (ValueError, TypeError, AttributeError):  # torchvision has no such model, or it is no ResNet
+        names = f"resnet18, resnet50 or another ResNet of torchvision.models, or one of {', '.join(SWINS)}"
+        raise InputError(f"backbone {name!r}: choose {names}") from None
 
 
 def group_norm(channels):
