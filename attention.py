@@ -200,15 +200,17 @@ class MSDeformAttn(nn.Module):
         B, Q, _ = query.shape
         shape = (B, Q, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(tokens).view(B, tokens.shape[1], self.num_heads, -1)
-        offsets = self.sampling_offsets(query).view(*shape, 2)
-        reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
+        both = self.sampling_offsets, self.attention_weights  # as one projection: one cast of the query under autocast
+        projected = F.linear(query, *(torch.cat(x) for x in zip(*((p.weight, p.bias) for p in both), strict=True)))
+        offsets, weights = projected.split([p.out_features for p in both], -1)
+        offsets, reference = offsets.view(*shape, 2), reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
             sizes = sizes_of(level_shapes, reference) if level_sizes is None else level_sizes
-            locations = reference + offsets / sizes[:, None]
+            locations = torch.addcdiv(reference, offsets, sizes[:, None])
         else:
-            locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
+            locations = torch.addcmul(reference[..., :2], offsets, reference[..., 2:], value=0.5 / self.num_points)
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
+        weights = weights.view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
 
 
@@ -242,7 +244,8 @@ def sine_box(boxes, dim):
 
     boxes (..., 4) cxcywh in [0, 1]. Returns (..., 2 * dim).
     """
-    return sine_embedding(boxes[..., [1, 0, 2, 3]], dim // 2).flatten(-2)
+    x, y, w, h = boxes.unbind(-1)
+    return sine_embedding(torch.stack([y, x, w, h], -1), dim // 2).flatten(-2)
 
 
 def inverse_sigmoid(x, eps=1e-5):
@@ -278,7 +281,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = layer(x).relu_()
+            x = layer(x).relu()
         return self.layers[-1](x)
 
 
@@ -292,7 +295,11 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        return self.norm(x + self.linear2(self.linear1(x).relu_()))
+        return self.norm(self.unnormed(x))
+
+    def unnormed(self, x):
+        """x + W2 ReLU(W1 x). On a matrix: the gradient of a ReLU in place on a view of one would be copied twice."""
+        return x + self.linear2(self.linear1(x.flatten(0, -2)).relu_()).view_as(x)
 
 
 def xavier_matrices_(module):

@@ -6,7 +6,7 @@ from torch import nn
 
 from attention import FeedForward, sine_position, xavier_matrices_
 from di import gather_tokens, select
-from encoder import Features, tokens_to_map
+from encoder import Features, GroupNorm, tokens_to_map
 
 
 class BATO(nn.Module):
@@ -19,7 +19,7 @@ class BATO(nn.Module):
         self.cross_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.feedforward_dim)
-        self.pixel_output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), nn.GroupNorm(32, C), nn.ReLU())
+        self.pixel_output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), GroupNorm(32, C), nn.ReLU(True))
         xavier_matrices_(self.cross_attn)
         xavier_matrices_(self.ffn)
         nn.init.kaiming_uniform_(self.pixel_output[0].weight, a=1)

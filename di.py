@@ -74,11 +74,11 @@ def boxes_from_masks(mask_logits, box_init="mask"):
     box_init "mask" a box reaches from the first to the last pixel's index, and an empty mask gives (1, 1, 0, 0); with
     "bitmask" it reaches to the last index + 1, and an empty mask gives (0, 0, 0, 0).
     """
-    masks, dtype = mask_logits.detach() > 0, full_precision(mask_logits[:0]).dtype
-    H, W = masks.shape[-2:]
+    logits, dtype = mask_logits.detach(), full_precision(mask_logits[:0]).dtype
     extremes = []
-    for line, size in ((masks.any(-2), W), (masks.any(-1), H)):  # (B, Q, W) columns, (B, Q, H) rows
-        index = torch.arange(size, device=masks.device)
+    for line in (logits.amax(-2) > 0, logits.amax(-1) > 0):  # (B, Q, W) columns, (B, Q, H) rows
+        size = line.shape[-1]
+        index = torch.arange(size, device=line.device)
         first = torch.where(line, index, size).amin(-1)
         if box_init == "bitmask":
             last = torch.where(line, index + 1, 0).amax(-1)
@@ -86,7 +86,7 @@ def boxes_from_masks(mask_logits, box_init="mask"):
         else:
             last = torch.maximum(first, torch.where(line, index, 0).amax(-1))  # empty: size and size
         extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
-    return torch.stack(extremes, -2).flatten(-2)[..., [0, 2, 1, 3]]  # (cx, w, cy, h) -> (cx, cy, w, h)
+    return torch.stack(extremes, -1).flatten(-2)  # [[cx, cy], [w, h]] -> (cx, cy, w, h)
 
 
 class InteractionLayer(nn.Module):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from attention import FeedForward, MSDeformAttn, sine_position, sizes_of, xavier_matrices_
 
@@ -18,9 +19,9 @@ class Features(NamedTuple):
 
 
 def tokens_to_map(tokens, level_shapes, level):
-    """The tokens (B, S, C) of one level as a map (B, C, H, W)."""
+    """The tokens (B, S, C) of one level as a map (B, C, H, W), channels last, as `F.interpolate` wants it."""
     tokens = tokens.split([h * w for h, w in level_shapes], dim=1)[level]
-    return tokens.transpose(1, 2).unflatten(2, level_shapes[level])
+    return tokens.unflatten(1, level_shapes[level]).contiguous().permute(0, 3, 1, 2)
 
 
 def cell_centres(level_shapes, like):
@@ -31,6 +32,13 @@ def cell_centres(level_shapes, like):
         y, x = torch.meshgrid(y, x, indexing="ij")
         centres.append(torch.stack([x, y], -1).flatten(0, 1))
     return torch.cat(centres)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm that keeps the dtype also under autocast: what is behind it stores no float32 beside its half."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
 
 
 class EncoderLayer(nn.Module):
@@ -45,8 +53,10 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens, position, centres, level_shapes, level_sizes):
         """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
-        attended = self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
-        return self.ffn(self.norm(tokens + attended))
+        x = tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
+        inner = lambda x: self.ffn.unnormed(self.norm(x))  # noqa: E731  (the widest activations: not worth their memory)
+        x = recomputed(inner, x, use_reentrant=False, preserve_rng_state=False) if self.training else inner(x)
+        return self.ffn.norm(x)
 
 
 class Encoder(nn.Module):
@@ -63,7 +73,7 @@ class Encoder(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # fine to coarse
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), norm())
-        self.output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), norm(), nn.ReLU())
+        self.output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), GroupNorm(32, C), nn.ReLU(True))
         self.pixel_proj = nn.Conv2d(C, C, 1)
         xavier_matrices_(self.layers)
         for projection in self.input_proj:

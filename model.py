@@ -86,8 +86,8 @@ class DIMaskDINO(nn.Module):
             if every or number == last:
                 layers.append(heads.predict_layer(queries.content, previous, features.pixels))  # Eq. 10, 11
 
-        denoised = [{name: value[:, :num_dn] for name, value in layer.items()} for layer in layers]
-        matching = [{name: value[:, num_dn:] for name, value in layer.items()} for layer in layers]
+        parts = [{k: x.split([num_dn, x.shape[1] - num_dn], 1) for k, x in layer.items()} for layer in layers]
+        denoised, matching = ([{k: x[i] for k, x in part.items()} for part in parts] for i in (0, 1))
         outputs |= matching[-1]
         if every:
             outputs["aux_outputs"] = matching[:-1]

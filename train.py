@@ -144,6 +144,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             with torch.autocast(images[0].device.type, autocast, enabled=autocast is not None):
                 outputs = model(images, targets)
             terms = criterion(outputs, targets, num_instances)
+            del outputs  # its masks are large, and the gradient does not need them
             loss = sum(criterion.weights[name] * term for name, term in terms.items())
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
@@ -199,6 +200,7 @@ class Trainer:
         self.frozen = self.schedule.backbone_lr == 0
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.use_precision(self.model, args.precision, device)
+        torch.backends.cudnn.benchmark = args.augment  # then all images are of one size
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)

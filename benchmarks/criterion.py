@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import PRESETS
+from model import PRESETS
 
 
 class Calls(TorchDispatchMode):
