@@ -200,9 +200,9 @@ class MSDeformAttn(nn.Module):
         B, Q, _ = query.shape
         shape = (B, Q, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(tokens).view(B, tokens.shape[1], self.num_heads, -1)
-        both = self.sampling_offsets, self.attention_weights  # as one projection: one cast of the query under autocast
-        projected = F.linear(query, *(torch.cat(x) for x in zip(*((p.weight, p.bias) for p in both), strict=True)))
-        offsets, weights = projected.split([p.out_features for p in both], -1)
+        both = self.sampling_offsets, self.attention_weights  # in one projection: autocast casts the query once
+        weight, bias = torch.cat([p.weight for p in both]), torch.cat([p.bias for p in both])
+        offsets, weights = F.linear(query, weight, bias).split([p.out_features for p in both], -1)
         offsets, reference = offsets.view(*shape, 2), reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
             sizes = sizes_of(level_shapes, reference) if level_sizes is None else level_sizes

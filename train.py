@@ -200,7 +200,6 @@ class Trainer:
         self.frozen = self.schedule.backbone_lr == 0
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.use_precision(self.model, args.precision, device)
-        torch.backends.cudnn.benchmark = args.augment  # then all images are of one size
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -300,6 +299,7 @@ class Trainer:
         stopping = due and self.evaluate()
         while self.iteration < self.stop and not stopping:
             model.train()
+            torch.backends.cudnn.benchmark = args.augment  # crops are of one size
             if self.frozen:
                 model.backbone.eval()
             factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
@@ -402,7 +402,7 @@ class Trainer:
         """
         if self.val_set is None:
             return False
-        self.evaluating = True
+        self.evaluating, torch.backends.cudnn.benchmark = True, False  # images are of many sizes
         try:
             scores = evaluate(
                 self.model, self.val_set, self.device, self.args.workers, self.args.per_layer,
