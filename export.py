@@ -1,7 +1,9 @@
 """Exports a checkpoint's model, with post-processing, as one file for other programs: .pt2 (torch.export) or .onnx."""
 
 import argparse
+import logging
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,6 +81,7 @@ def write(program, path, compiled=False):
     """
     if path.suffix == ".onnx":
         names = {"input_names": ["images"], "output_names": ["scores", "labels", "boxes", "masks"]}
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every constant that it does not fold
         torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
         import onnxruntime  # only here: an extra
 
@@ -87,6 +90,7 @@ def write(program, path, compiled=False):
     if compiled:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         return torch._inductor.aoti_load_package(str(path))
+    warnings.filterwarnings("ignore", "No complete tensor found")  # it is about weights that are not on the CPU
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
@@ -98,8 +102,8 @@ def largest_difference(expected, found):
     worst = [0.0, 0.0, 0.0]
     for b in range(len(expected[0])):
         ours, theirs = (
-            torch.cat([scores[b, :, None], 1e3 * labels[b, :, None], boxes[b] / 1e3], 1).float()
-            for scores, labels, boxes, _ in (expected, found)
+            torch.cat([scores[b, :, None], 1e3 * labels[b, :, None], boxes[b] / 1e3, masks[b].flatten(1) / 1e3], 1)
+            for scores, labels, boxes, masks in (expected, found)
         )
         twin = torch.cdist(ours, theirs, p=torch.inf).argmin(1)
         for i, (one, other) in enumerate(zip(expected[::2] + expected[3:], found[::2] + found[3:], strict=True)):
