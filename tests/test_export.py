@@ -19,7 +19,7 @@ from model import DIMaskDINO, postprocess
 
 SIZES = [(1, 96, 96), (2, 128, 96), (1, 160, 224)]
 # As `tiny`, but with no more layers than there are kinds of: tracing takes its time for every operation.
-SMALL = {"hidden_dim": 32, "encoder_layers": 1, "encoder_feedforward_dim": 64, "feedforward_dim": 64}
+SMALL = {"encoder_layers": 1, "encoder_feedforward_dim": 64, "feedforward_dim": 64}
 SMALL |= {"interaction_layers": 1, "decoder_layers": 2, "frozen_batch_norm": True}
 SYSTEMS = {"DI-MaskDINO": {}, "Mask DINO": {"di": False, "bato": False, "decoder_layers": 1}}
 
@@ -41,12 +41,13 @@ assert not {"attention", "model", "export"} & set(sys.modules)
 
 
 def small_model(**settings):
-    """A small model, with scores and boxes so far apart that rounding changes no order."""
+    """A small model: scores and boxes so far apart that rounding changes no order, mask logits of about 1."""
     torch.manual_seed(0)
     model = DIMaskDINO(replace(PRESETS["tiny"], **SMALL | settings)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model.heads.mask_head.layers[-1].weight.data *= 0.1
     return model
 
 
