@@ -9,6 +9,7 @@ import sys
 import warnings
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -155,6 +156,46 @@ def use_precision(model, precision, device):
     if precision == "published":
         model.use_published_precision()
     return autocast_dtype(precision, device)
+
+
+def add_compile_argument(parser):
+    """--compile, the same in every program that runs a model."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers with torch.compile: the first images take minutes longer, the others less time; "
+        "needs a C++ compiler, on a GPU also Triton, which comes with PyTorch for Linux",
+    )
+
+
+def compile_layers(model, device):
+    """Compile the parts of a model that take the time, in place: names of parameters stay. Raises InputError.
+
+    Part by part, since the layers of a kind share what is compiled, for any sizes and numbers of queries; in the whole
+    model each would be compiled on its own, and again for every number of instances.
+    """
+    require_compiler("--compile", device)
+    import torch._dynamo  # only here, as it takes a second
+    import torch.fx.experimental._config
+
+    torch._dynamo.config.specialize_float = True  # a float that is a symbol makes each part be compiled twice
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not be so later
+    parts = [model.backbone, *model.encoder.layers, model.di.candidates, model.heads, *model.decoder.layers]
+    parts += [layer for interaction in model.di.interactions for layer in interaction.layers]
+    for part in [*parts, model.bato] if model.bato else parts:
+        part.compile(dynamic=True, fullgraph=True)
+
+
+def require_compiler(flag, device):
+    """Raise InputError, for this flag, where torch.compile lacks what it needs to make code for the device."""
+    import torch._inductor.cpp_builder  # only here, as it takes a second
+
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        raise InputError(f"{flag}: needs a C++ compiler, such as g++; install one (CXX may name it)") from None
+    if device.type == "cuda" and not find_spec("triton"):
+        raise InputError(f"{flag}: needs Triton on a GPU: python -m pip install triton")
 
 
 def choose_device(name):

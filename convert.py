@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mode
+from typing import get_args
 
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
@@ -106,7 +107,7 @@ def read_config(released):
 
     Each number is what most of the entries that depend on it say, so that a wrong entry shows as the wrong one. What
     shapes do not show (`box_init`) is as in the released model of that backbone. Raises ConversionError for a Swin
-    transformer of unknown dimensions.
+    transformer of unknown dimensions and for an encoder with another number of scales than the model here can have.
     """
 
     def rows(pattern):  # of the matrices and vectors whose whole name fits; None where there are none
@@ -133,6 +134,11 @@ def read_config(released):
         "decoder_layers": modules(layers[1]),
         "feedforward_dim": rows(layers[1] + r"\.\d+\.linear1\.\w+"),
     }
+    if found["num_levels"] not in (None, 4, 5):
+        raise ConversionError(
+            f"its encoder has {found['num_levels']} scales; the model here has 4 (C3 to C6) or 5 (C2 to C6). Give a "
+            "checkpoint that was trained with one of these, or evaluate this one with the released code"
+        )
     if swin:
         channels, blocks = rows(r"backbone\.patch_embed\.\w+\.\w+"), modules(r"backbone\.layers\.2\.blocks")
         table = rows(r"backbone\..*\.relative_position_bias_table") or 0  # (2 window - 1)^2
@@ -178,7 +184,7 @@ def released_state_dict(state, config):
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
     known = read_config(released)
-    fields = "backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "bato", "box_init", "gtg"
+    fields = "backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "bato", "gtg"
     fields = *fields, "position_tokens", "selections"
     ours = {field: (getattr(config, field), getattr(known, field)) for field in fields}
     if different := [f"{field} {value}" for field, (value, theirs) in ours.items() if value != theirs]:
@@ -196,13 +202,17 @@ def categories(num_classes):
     return names, list(range(1, num_classes + 1))
 
 
-def convert(source, output, trust_pickle=False):
-    """Released checkpoint -> checkpoint of this project. Returns its Config. Raises ValueError or OSError."""
+def convert(source, output, trust_pickle=False, box_init=None):
+    """Released checkpoint -> checkpoint of this project. Returns its Config. Raises ValueError or OSError.
+
+    box_init: where the boxes of the first selection come from, which no shape shows; None: as `read_config` takes it.
+    """
     released = read_weights(source, trust_pickle)
     if "heads.class_head.weight" in released:
         raise ConversionError("is a checkpoint of this project already; --reverse converts it back")
     state = convert_state_dict(released)
     config = read_config(released)
+    config = replace(config, box_init=box_init or config.box_init)
     classes, ids = categories(config.num_classes)
     save_checkpoint(output, {"model": state, "config": asdict(config), "classes": classes, "category_ids": ids})
     return config
@@ -237,6 +247,14 @@ def main():
         "released code loads.",
     )
     parser.add_argument(
+        "--box-init",
+        choices=get_args(Config.__annotations__["box_init"]),
+        help="How the checkpoint was trained to get the boxes of the first selection, which its tensors do not tell: "
+        "mask, around the masks; bitmask, the same, a pixel wider and higher; head, from the box head, for files that "
+        "their authors list as without mask-enhanced boxes (default: mask for a ResNet and for DI-MaskDINO, bitmask "
+        "for Mask DINO with a Swin transformer, as released).",
+    )
+    parser.add_argument(
         "--trust-pickle",
         action="store_true",
         help="Open a file that only Python's pickle can read, such as a .pkl of Detectron2. Opening a pickle runs "
@@ -248,17 +266,19 @@ def main():
             raise InputError(f"{args.output}: its folder does not exist; create it first")
         if Path(args.output).exists() and Path(args.output).samefile(args.source):
             raise InputError(f"{args.output}: is the file to convert; choose another name for the result")
+        if args.reverse and args.box_init:
+            raise InputError("--box-init: is for a released checkpoint, not with --reverse")
         if args.reverse:
             config = revert(args.source, args.output)
         else:
-            config = convert(args.source, args.output, args.trust_pickle)
+            config = convert(args.source, args.output, args.trust_pickle, args.box_init)
     except (ValueError, OSError) as error:
         where = f"{args.source}: " if isinstance(error, ConversionError) else ""
         sys.exit(f"{Path(sys.argv[0]).name}: error: {where}{error}")
     system = "DI-MaskDINO" if config.di else "Mask DINO"
     print(
         f"{args.output}: {system}, {config.backbone}, {config.num_levels} scales, {config.encoder_layers} encoder and "
-        f"{config.decoder_layers} decoder layers, {config.num_classes} classes"
+        f"{config.decoder_layers} decoder layers, {config.num_classes} classes, box_init {config.box_init}"
     )
 
 

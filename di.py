@@ -33,7 +33,7 @@ def select(tokens, class_logits, k):
     Returns the selected tokens (B, min(k, S), C) and their indices, int64 (B, min(k, S)).
     """
     scores = class_logits.amax(-1)
-    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the earlier of equal ones
+    if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK takes the earlier of equal ones
         indices = scores.topk(min(k, scores.shape[1]), dim=1).indices
     else:
         indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

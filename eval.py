@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from cli import (
+    add_compile_argument,
     add_data_arguments,
     add_precision_argument,
     choose_device,
+    compile_layers,
     gather,
     open_split,
     percent,
@@ -238,6 +240,7 @@ def parse_arguments():
     add("--split", choices=["val", "test"], default="val",
         help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
     add_precision_argument(parser)
+    add_compile_argument(parser)
     add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
@@ -258,6 +261,8 @@ def main():
         raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)
     autocast = use_precision(model, args.precision, device)
+    if args.compile:
+        compile_layers(model, device)
     dataset = open_split(args, args.split, model.config.test_size, need_annotations=False)
     try:
         labels = match_classes(checkpoint["classes"], dataset.classes)

@@ -1,7 +1,9 @@
 """Exports a checkpoint's model, with post-processing, as one file for other programs: .pt2 (torch.export) or .onnx."""
 
 import argparse
+import logging
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torchvision.ops import box_convert
 
 from backbone import Swin
 from checkpoint import load_model
-from cli import positive, run_program
+from cli import positive, require_compiler, run_program
 from config import InputError
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that .onnx needs
@@ -64,25 +66,31 @@ def dynamic_sizes(config):
     return {"images": {0: batch, 2: 32 * height, 3: 32 * width}}, 32 * least
 
 
-def write(detector, path, example, dynamic, compiled):
-    """Write the detector to the file, traced on `example` (B, 3, H, W); `dynamic`: as torch.export takes it, or None.
+def trace(detector, example, dynamic):
+    """The detector as a torch.export program, traced on `example` (B, 3, H, W); `dynamic`: as torch.export takes it, or
+    None for that size alone.
+    """
+    with torch.no_grad():
+        return torch.export.export(detector, (example,), dynamic_shapes=dynamic, strict=False)
+
+
+def write(program, path, compiled=False):
+    """Write a traced program to the file, in the format of its suffix; `compiled`: ahead of time, for this machine.
 
     Returns a function from images to detections that runs the file.
     """
     if path.suffix == ".onnx":
-        program = torch.onnx.export(
-            detector, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False,
-            input_names=["images"], output_names=["scores", "labels", "boxes", "masks"],
-        )  # fmt: skip
-        program.save(path)
+        names = {"input_names": ["images"], "output_names": ["scores", "labels", "boxes", "masks"]}
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every constant that it does not fold
+        torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
         import onnxruntime  # only here: an extra
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]
-    program = torch.export.export(detector, (example,), dynamic_shapes=dynamic, strict=False)
     if compiled:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         return torch._inductor.aoti_load_package(str(path))
+    warnings.filterwarnings("ignore", "No complete tensor found")  # it is about weights that are not on the CPU
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
@@ -94,8 +102,8 @@ def largest_difference(expected, found):
     worst = [0.0, 0.0, 0.0]
     for b in range(len(expected[0])):
         ours, theirs = (
-            torch.cat([scores[b, :, None], 1e3 * labels[b, :, None], boxes[b] / 1e3], 1).float()
-            for scores, labels, boxes, _ in (expected, found)
+            torch.cat([scores[b, :, None], 1e3 * labels[b, :, None], boxes[b] / 1e3, masks[b].flatten(1) / 1e3], 1)
+            for scores, labels, boxes, masks in (expected, found)
         )
         twin = torch.cdist(ours, theirs, p=torch.inf).argmin(1)
         for i, (one, other) in enumerate(zip(expected[::2] + expected[3:], found[::2] + found[3:], strict=True)):
@@ -103,14 +111,16 @@ def largest_difference(expected, found):
     return worst
 
 
-def check_output(path, compiled):
+def check_output(path, compiled, half):
     """Raise InputError unless the file can be written in the format that its suffix names, with what is installed."""
     if path.suffix not in (".pt2", ".onnx"):
         raise InputError(f"{path}: the suffix says the format; give a file that ends in .pt2 or .onnx")
     if not path.resolve().parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create it first")
-    if path.suffix == ".onnx" and compiled:
-        raise InputError(f"{path}: --compile is for .pt2")
+    if path.suffix == ".onnx" and (compiled or half):
+        raise InputError(f"{path}: {'--compile' if compiled else '--half'} is for .pt2")
+    if compiled:
+        require_compiler("--compile", torch.device("cpu"))
     if path.suffix == ".onnx" and (absent := [name for name in ONNX if find_spec(name) is None]):
         raise InputError(f"{path}: needs {', '.join(absent)}; python -m pip install {' '.join(absent)}")
 
@@ -135,14 +145,12 @@ def main():
     args = parser.parse_args()
 
     path = Path(args.output)
-    check_output(path, args.compile)
-    model, _ = load_model(args.checkpoint)
+    check_output(path, args.compile, args.half)
     if args.size and (args.size[0] % 32 or args.size[1] % 32):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 32")
+    model, _ = load_model(args.checkpoint)
     if not args.size and isinstance(model.backbone, Swin):
         raise InputError("--size is needed for a Swin backbone, whose windows depend on the size; e.g. --size 800 1344")
-    if args.half and path.suffix == ".onnx":
-        raise InputError(f"{path}: --half is for .pt2")
     dynamic, least = (None, None) if args.size else dynamic_sizes(model.config)
     sizes = (
         [(1, *args.size)] if args.size else [(1, least, least), (2, least + 32, least), (1, least + 64, least + 128)]
@@ -150,7 +158,8 @@ def main():
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
     with torch.no_grad():
-        run = write(detector, path, torch.rand(sizes[1 if dynamic else 0][0], 3, *sizes[-1][1:]), dynamic, args.compile)
+        program = trace(detector, torch.rand(2 if dynamic else 1, 3, *sizes[-1][1:]), dynamic)
+        run = write(program, path, args.compile)
         print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
         for batch, height, width in sizes:
             images = torch.rand(batch, 3, height, width)

@@ -14,7 +14,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import add_precision_argument, choose_device, count, positive, run_program, use_precision, write_whole
+from cli import (
+    add_compile_argument,
+    add_precision_argument,
+    choose_device,
+    compile_layers,
+    count,
+    positive,
+    run_program,
+    use_precision,
+    write_whole,
+)
 from coco import coco_results, encode_masks
 from config import InputError
 from data import eval_transform
@@ -221,6 +231,7 @@ def parse_arguments():
     )
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add_precision_argument(parser)
+    add_compile_argument(parser)
     return parser.parse_args()
 
 
@@ -246,6 +257,8 @@ def main():
         write_entries(output / "images.json", entries)
         model, checkpoint = load_model(args.checkpoint, device)
         autocast = use_precision(model, args.precision, device)
+        if args.compile:
+            compile_layers(model, device)
         if args.layer and max(layers) > model.config.decoder_layers:
             raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
         with contextlib.ExitStack() as stack:

@@ -51,6 +51,7 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add("--seed", type=cli.count, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
     cli.add_precision_argument(parser)
+    cli.add_compile_argument(parser)
     cli.add_data_arguments(parser)
     checkpoint.add_start_arguments(parser)
     add("--keep-empty", action="store_true", help="train on the images without instances too, as background")
@@ -200,6 +201,8 @@ class Trainer:
         self.frozen = self.schedule.backbone_lr == 0
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.use_precision(self.model, args.precision, device)
+        if args.compile:
+            cli.compile_layers(self.model, device)
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)

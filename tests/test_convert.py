@@ -181,6 +181,15 @@ def test_unknown_swin():
         convert_state_dict(released)
 
 
+def test_an_encoder_of_three_scales_is_refused():
+    of_c6 = "sem_seg_head.pixel_decoder.input_proj.3."
+    released = {name: x for name, x in checkpoint("maskdino_r50").items() if not name.startswith(of_c6)}
+    with pytest.raises(ConversionError) as error:
+        convert_state_dict(released)
+    assert str(error.value).startswith("its encoder has 3 scales; the model here has 4 (C3 to C6) or 5 (C2 to C6).")
+    assert "\n" not in str(error.value)
+
+
 def parameters(system):
     with torch.device("meta"):
         return sum(p.numel() for p in DIMaskDINO(PRESETS[system]).parameters())
@@ -257,6 +266,20 @@ def test_program_converts_and_reverts(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert back.keys() == released.keys() and all(torch.equal(back[name], x) for name, x in released.items())
+
+
+def test_where_boxes_come_from_can_be_said(tmp_path, monkeypatch, capsys):
+    torch.save({"model": checkpoint("maskdino_swin_l")}, tmp_path / "official.pth")
+    for flags, expected in (([], "bitmask"), (["--box-init", "head"], "head")):
+        status, printed = run(monkeypatch, capsys, *flags, tmp_path / "official.pth", tmp_path / "ours.pt")
+        assert status == 0 and f"box_init {expected}" in printed
+        content = torch.load(tmp_path / "ours.pt", weights_only=True)
+        assert content["config"]["box_init"] == expected
+    arguments = "--reverse", tmp_path / "ours.pt", tmp_path / "back.pth"  # shapes do not show it: any goes back
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    assert torch.load(tmp_path / "back.pth", weights_only=True)["model"].keys() == checkpoint("maskdino_swin_l").keys()
+    status, _ = run(monkeypatch, capsys, "--box-init", "head", *arguments)
+    assert "--box-init: is for a released checkpoint" in status
 
 
 WRAPPED = {
