@@ -75,24 +75,26 @@ def trace(detector, example, dynamic):
 
 
 def write(program, path, compiled=False):
-    """Write a traced program to the file, in the format of its suffix; `compiled`: ahead of time, for this machine.
-
-    Returns a function from images to detections that runs the file.
-    """
+    """Write a traced program to the file, in the format of its suffix; `compiled`: ahead of time, for this machine."""
     if path.suffix == ".onnx":
         names = {"input_names": ["images"], "output_names": ["scores", "labels", "boxes", "masks"]}
         logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every constant that it does not fold
         torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
+    elif compiled:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    else:
+        warnings.filterwarnings("ignore", "No complete tensor found")  # it is about weights that are not on the CPU
+        torch.export.save(program, path)
+
+
+def open_file(path, compiled=False):
+    """A function from images to detections that runs a file of `write`."""
+    if path.suffix == ".onnx":
         import onnxruntime  # only here: an extra
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]
-    if compiled:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-        return torch._inductor.aoti_load_package(str(path))
-    warnings.filterwarnings("ignore", "No complete tensor found")  # it is about weights that are not on the CPU
-    torch.export.save(program, path)
-    return torch.export.load(path).module()
+    return torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
 
 
 def largest_difference(expected, found):
@@ -159,8 +161,9 @@ def main():
     begin = time.perf_counter()
     with torch.no_grad():
         program = trace(detector, torch.rand(2 if dynamic else 1, 3, *sizes[-1][1:]), dynamic)
-        run = write(program, path, args.compile)
+        write(program, path, args.compile)
         print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+        run = open_file(path, args.compile)
         for batch, height, width in sizes:
             images = torch.rand(batch, 3, height, width)
             found = largest_difference(detector(images), run(images))

@@ -51,19 +51,12 @@ def small_model(**settings):
     return model
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_files_equal_the_model(system, tmp_path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    detector = Detector(small_model(**SYSTEMS[system]), max_detections=20).eval()
-    images = [torch.rand(batch, 3, height, width) for batch, height, width in SIZES]
-    program = trace(detector, torch.rand(2, 3, 160, 224), dynamic_sizes(detector.model.config)[0])
-    for suffix in ("onnx", "pt2"):
-        write(program, tmp_path / f"model.{suffix}")
-    torch.save(images, tmp_path / "images.pt")
-    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, check=True)
-    found = torch.load(tmp_path / "found.pt")
-    assert found.keys() == {"model.onnx", "model.pt2"}
+def compare(detector, folder, images):
+    """Run the files of a folder elsewhere; each gives the detections of the model, in the same order."""
+    torch.save(images, folder / "images.pt")
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True)
+    found = torch.load(folder / "found.pt")
+    assert found.keys() == {path.name for path in folder.glob("model.*")} and found
     with torch.no_grad():
         for number, batch in enumerate(images):
             expected = detector(batch)
@@ -71,6 +64,26 @@ def test_files_equal_the_model(system, tmp_path):
                 assert torch.equal(outputs[number][1], expected[1]), path
                 for ours, theirs, unit in zip(outputs[number], expected, (1, 1, max(batch.shape[2:]), 1), strict=True):
                     torch.testing.assert_close(ours / unit, theirs / unit, atol=1e-4, rtol=0)  # boxes: of the image
+
+
+@pytest.mark.parametrize("system, formats", [("DI-MaskDINO", ["onnx", "pt2"]), ("Mask DINO", ["pt2"])])
+def test_files_equal_the_model_at_any_size(system, formats, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    detector = Detector(small_model(**SYSTEMS[system]), max_detections=20).eval()
+    program = trace(detector, torch.rand(2, 3, 160, 224), dynamic_sizes(detector.model.config)[0])
+    for suffix in formats:
+        write(program, tmp_path / f"model.{suffix}")
+    compare(detector, tmp_path, [torch.rand(batch, 3, height, width) for batch, height, width in SIZES])
+
+
+def test_onnx_of_mask_dino_at_one_size(tmp_path):
+    """Its operators are some of DI-MaskDINO's; tracing them for all sizes again would take a minute."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    detector = Detector(small_model(**SYSTEMS["Mask DINO"]), max_detections=20).eval()
+    write(trace(detector, torch.rand(1, 3, 96, 128), None), tmp_path / "model.onnx")
+    compare(detector, tmp_path, [torch.rand(1, 3, 96, 128)])
 
 
 def test_detector_gives_the_detections_of_postprocess():
@@ -118,7 +131,12 @@ def test_program_says_how_far_the_file_is_from_the_model(flags, program, swin, t
     assert status == 0
     written, checked = said.splitlines()
     assert written.startswith("out.pt2: written in") and checked.startswith("1 x 96 x 160: largest difference")
-    assert all(float(number) < 1e-4 for number in re.findall(r"([\d.e+-]+) in ", checked.partition(":")[2]))
+    scores, *others = map(float, re.findall(r"([\d.e+-]+) in ", checked.partition(":")[2]))
+    assert len(others) == 2
+    if flags:  # bfloat16 rounds to 0.4 %, by which tokens that are nearly equal change places
+        assert scores < 0.01
+    else:
+        assert max(scores, *others) < 1e-4
     detections = torch.export.load(tmp_path / "out.pt2").module()(torch.rand(1, 3, 96, 160))
     assert [x.shape for x in detections] == [(1, 7), (1, 7), (1, 7, 4), (1, 7, 24, 40)]
     assert [x.dtype for x in detections] == [torch.float32, torch.int64, torch.float32, torch.float32]
