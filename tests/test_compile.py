@@ -9,6 +9,7 @@ from functools import partialmethod
 import pytest
 import torch
 import torch.fx.experimental._config as shapes_of
+from programs import NARROW
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounter
@@ -23,6 +24,7 @@ from model import DIMaskDINO, postprocess
 CPU = torch.device("cpu")
 # As `tiny`, but with no more layers than there are kinds of.
 SMALL = {"hidden_dim": 32, "encoder_layers": 1, "interaction_layers": 1, "decoder_layers": 2, "frozen_batch_norm": True}
+SMALL |= {"backbone": NARROW}
 MASK_DINO = {"di": False, "bato": False, "decoder_layers": 1}
 
 

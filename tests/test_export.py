@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from programs import NARROW
 from torch._inductor import config as inductor
 
 import backbone
@@ -20,8 +21,8 @@ from model import DIMaskDINO, postprocess
 SIZES = [(1, 96, 96), (2, 128, 96), (1, 160, 224)]
 # As `tiny`, but with no more layers than there are kinds of: tracing takes its time for every operation.
 SMALL = {"encoder_layers": 1, "encoder_feedforward_dim": 64, "feedforward_dim": 64}
-SMALL |= {"interaction_layers": 1, "decoder_layers": 2, "frozen_batch_norm": True}
-SYSTEMS = {"DI-MaskDINO": {}, "Mask DINO": {"di": False, "bato": False, "decoder_layers": 1}}
+SMALL |= {"interaction_layers": 1, "decoder_layers": 2, "frozen_batch_norm": True, "backbone": NARROW}
+MASK_DINO = {"di": False, "bato": False, "decoder_layers": 1}
 
 # Where no module of this repository is found.
 ELSEWHERE = """
@@ -51,12 +52,16 @@ def small_model(**settings):
     return model
 
 
-def compare(detector, folder, images):
-    """Run the files of a folder elsewhere; each gives the detections of the model, in the same order."""
+def files_equal_the_model(folder, program, detector, sizes):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    for suffix in ("onnx", "pt2"):
+        write(program, folder / f"model.{suffix}")
+    images = [torch.rand(batch, 3, height, width) for batch, height, width in sizes]
     torch.save(images, folder / "images.pt")
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True)
     found = torch.load(folder / "found.pt")
-    assert found.keys() == {path.name for path in folder.glob("model.*")} and found
+    assert found.keys() == {"model.onnx", "model.pt2"}
     with torch.no_grad():
         for number, batch in enumerate(images):
             expected = detector(batch)
@@ -66,24 +71,17 @@ def compare(detector, folder, images):
                     torch.testing.assert_close(ours / unit, theirs / unit, atol=1e-4, rtol=0)  # boxes: of the image
 
 
-@pytest.mark.parametrize("system, formats", [("DI-MaskDINO", ["onnx", "pt2"]), ("Mask DINO", ["pt2"])])
-def test_files_equal_the_model_at_any_size(system, formats, tmp_path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    detector = Detector(small_model(**SYSTEMS[system]), max_detections=20).eval()
+def test_files_for_any_size(tmp_path):
+    detector = Detector(small_model(), max_detections=20).eval()
     program = trace(detector, torch.rand(2, 3, 160, 224), dynamic_sizes(detector.model.config)[0])
-    for suffix in formats:
-        write(program, tmp_path / f"model.{suffix}")
-    compare(detector, tmp_path, [torch.rand(batch, 3, height, width) for batch, height, width in SIZES])
+    files_equal_the_model(tmp_path, program, detector, SIZES)
 
 
-def test_onnx_of_mask_dino_at_one_size(tmp_path):
-    """Its operators are some of DI-MaskDINO's; tracing them for all sizes again would take a minute."""
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    detector = Detector(small_model(**SYSTEMS["Mask DINO"]), max_detections=20).eval()
-    write(trace(detector, torch.rand(1, 3, 96, 128), None), tmp_path / "model.onnx")
-    compare(detector, tmp_path, [torch.rand(1, 3, 96, 128)])
+def test_files_of_mask_dino(tmp_path):
+    """At one size: its operators are some of DI-MaskDINO's, and tracing them for all sizes again takes a minute."""
+    detector = Detector(small_model(**MASK_DINO), max_detections=20).eval()
+    program = trace(detector, torch.rand(1, 3, 96, 128), None)
+    files_equal_the_model(tmp_path, program, detector, [(1, 96, 128)])
 
 
 def test_detector_gives_the_detections_of_postprocess():
