@@ -109,7 +109,7 @@ def test_without_a_compiler_it_says_so():
 
 def test_programs_compile(counter, run, shapes, tmp_path, monkeypatch):
     flags = "--batch-size 2 --workers 0 --device cpu --no-eval --max-iterations 2".split()
-    flags += "--encoder-layers 1 --decoder-layers 1 --no-di --no-bato".split()
+    flags += f"--encoder-layers 1 --decoder-layers 1 --no-di --no-bato --backbone {NARROW}".split()
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         run("--output", tmp_path / name, *flags, *more)
     plain, compiled = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "compiled"))
