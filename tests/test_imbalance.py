@@ -105,6 +105,13 @@ def test_collect(tmp_path):
     assert imbalance.collect(tmp_path, 2) == [expected]
 
 
+def test_runs_without_a_commit_are_trained_again():
+    """Those of the results.json in the repository are from before training changed."""
+    runs = json.loads((imbalance.FOLDER / "results.json").read_text())["runs"]
+    kept = imbalance.earlier_runs(imbalance.FOLDER / "results.json", 5)
+    assert kept == [run for run in runs if "commit" in run]
+
+
 def test_what_results_json_has_is_not_trained_again(tmp_path, monkeypatch):
     made = [{"row": name, "seed": 0, "commit": "abc", "seconds": 8, "layers": [{"box": 1.0, "mask": 2.0}] * 4}
             for name in imbalance.FLAGS]  # fmt: skip

@@ -57,11 +57,11 @@ def collect(output, seeds):
 
 def earlier_runs(path, seeds):
     """The runs of a results.json that were trained with today's recipe: they count as finished, also on a machine that
-    lacks their folders.
+    lacks their folders. Runs that do not name their commit are from before training was as released, and do not count.
     """
     content = json.loads(path.read_text()) if path.exists() else {}
-    same = content.get("recipe") == shlex.join(RECIPE)
-    return [run for run in content["runs"] if run["row"] in FLAGS and run["seed"] < seeds] if same else []
+    runs = content["runs"] if content.get("recipe") == shlex.join(RECIPE) else []
+    return [run for run in runs if run["row"] in FLAGS and run["seed"] < seeds and "commit" in run]
 
 
 def per_layer(runs, name, kind, seeds=None):
@@ -183,6 +183,10 @@ def main():
     output, results = ROOT / args.output, Path(args.results)
     runs = earlier_runs(results / "results.json", args.seeds)
     known = {(run["row"], run["seed"]) for run in runs}
+    if runs:
+        print(
+            f"kept: {len(runs)} runs of results.json, of commits {', '.join(sorted({run['commit'] for run in runs}))}"
+        )
     # Seed by seed, so that what is there early compares all rows.
     work = [(name, seed) for seed in range(args.seeds) for name in FLAGS if (name, seed) not in known]
     if work:
