@@ -86,6 +86,7 @@ class DIMaskDINO(nn.Module):
             if every or number == last:
                 layers.append(heads.predict_layer(queries.content, previous, features.pixels))  # Eq. 10, 11
 
+        # By `split`, whose gradient is one tensor; that of two slices would be two as large, and their sum.
         parts = [{k: x.split([num_dn, x.shape[1] - num_dn], 1) for k, x in layer.items()} for layer in layers]
         denoised, matching = ([{k: x[i] for k, x in part.items()} for part in parts] for i in (0, 1))
         outputs |= matching[-1]
