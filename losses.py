@@ -1,4 +1,4 @@
-"""The set criterion: classification, box and mask losses of every set of predictions (Sec. 3.3)."""
+"""The set criterion: classification, box and mask losses of every set of predictions (appendix B.2)."""
 
 import torch
 import torch.distributed as dist

@@ -27,7 +27,7 @@ WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedul
 LOG_EVERY, SAVE_EVERY = 20, 100  # iterations
 
 
-def build_mask_rcnn(num_classes, samples=128, max_detections=400):
+def build_mask_rcnn(num_classes, samples=64, max_detections=100):
     """Mask R-CNN with GroupNorm in its ResNet-18, as in preset tiny, and anchors of 8 to 128 pixels.
 
     samples: boxes per image on which the heads learn, a quarter of them positive; torchvision's 512 is for GPUs.
@@ -110,9 +110,9 @@ def parse_arguments(argv=None):
         "--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default: 1)"
     )
     add("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
-    add("--batch-size", type=positive, default=4, help="images per step (default: 4)")
+    add("--batch-size", type=positive, default=2, help="images per step (default: 2)")
     add("--lr", type=float, default=5e-4, help="learning rate of AdamW (default: 5e-4)")
-    add("--samples", type=positive, default=128, help="boxes per image on which the heads learn (default: 128)")
+    add("--samples", type=positive, default=64, help="boxes per image on which the heads learn (default: 64)")
     add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, required=True, metavar=("MIN", "MAX"), help="range of the scale jitter")
     add("--test-size", type=positive, nargs=2, required=True, metavar=("SHORTER", "LONGER"), help="sides at evaluation")
