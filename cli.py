@@ -119,13 +119,19 @@ def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annot
     return CocoInstances(annotation_file, image_dir, split == "train", test_size, augmentation, keep_empty, read)
 
 
-def warn_of_crowded_images(dataset, queries):
-    """Warn of images with more instances than the model has queries, as it cannot find them all."""
+def warn_of_crowded_images(dataset, config):
+    """Warn of images with more instances than the model has queries to find them or, in training, for denoising."""
     counts = [len(dataset.instances[image_id]) for image_id in dataset.image_ids]
-    if crowded := sum(number > queries for number in counts):
+    hold = lambda limit: f"{sum(n > limit for n in counts)} of {len(counts)} images hold more instances"  # noqa: E731
+    if max(counts) > (queries := config.selections[-1]):
         warn(
-            f"{crowded} of {len(counts)} images hold more instances than the model has queries, up to {max(counts)}: "
-            f"it can find {queries} in an image; the last number of --selections sets how many"
+            f"{hold(queries)} than the model has queries, up to {max(counts)}: it can find {queries} in an image; the "
+            "last number of --selections sets how many"
+        )
+    if max(counts) > (denoising := config.denoising_queries) > 0:
+        warn(
+            f"{hold(denoising)} than the {denoising} denoising queries: a batch with one of them trains without "
+            "denoising, and learns more slowly; raise --denoising-queries"
         )
 
 

@@ -264,7 +264,7 @@ class Trainer:
         )
         if 2 * schedule.warmup >= stop:
             cli.warn(f"the warm-up takes {schedule.warmup} of {stop} iterations: lower --warmup, or train longer")
-        cli.warn_of_crowded_images(self.train_set, self.model.config.selections[-1])
+        cli.warn_of_crowded_images(self.train_set, self.model.config)
 
     def epoch(self, iteration):
         """Whole passes over the training images after so many iterations."""

@@ -1,18 +1,15 @@
-"""Times the criterion on random outputs of two images and counts its calls: python -m benchmarks.criterion.
-
-With --beside DIR, another checkout's criterion runs in turn with this one, on the same tensors.
+"""Times the criterion on random outputs and counts its operators; compares with another checkout: python -m
+benchmarks.criterion.
 """
 
 import argparse
-import importlib
-import sys
-import time
-from pathlib import Path
-from statistics import median
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import beside
+from losses import SetCriterion
 from model import PRESETS
 
 
@@ -26,14 +23,40 @@ class Calls(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def random_problem(config, n, height, width, device, batch_size=2):
-    """What the model gives in training for images of this size with n instances each, and their targets."""
+def random_targets(batch_size, height, width, num_classes, instances, device):
+    """Targets as `train.py` has them, whose masks fill their boxes; the same ones at every call."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = ((torch.arange(size) + 0.5) / size for size in (height, width))
+    targets = []
+    for _ in range(batch_size):
+        sides = 0.05 + 0.4 * torch.rand(instances, 2, generator=generator)
+        centres = sides / 2 + (1 - sides) * torch.rand(instances, 2, generator=generator)
+        columns, rows = ((p - centres[:, i, None]).abs() < sides[:, i, None] / 2 for i, p in enumerate((x, y)))
+        labels = torch.randint(num_classes, (instances,), generator=generator)
+        target = {
+            "labels": labels,
+            "boxes": torch.cat([centres, sides], 1),
+            "masks": rows[:, :, None] & columns[:, None],
+        }
+        targets.append({name: value.to(device) for name, value in target.items()})
+    return targets
+
+
+def random_outputs(batch_size, height, width, config, instances, device, dtype):
+    """What the model gives in training for images of this size, with denoising queries for so many instances each; and
+    a list of the tensors that are its leaves.
+    """
+    generator, leaves = torch.Generator().manual_seed(0), []
 
     def predictions(queries, masks=True):
         shapes = {"pred_logits": [config.num_classes], "pred_boxes": [4], "pred_masks": [height // 4, width // 4]}
-        found = {name: torch.rand(batch_size, queries, *shape, device=device) for name, shape in shapes.items()}
-        return {name: x.requires_grad_() for name, x in found.items() if masks or name != "pred_masks"}
+        found = {name: torch.rand(batch_size, queries, *shape, generator=generator) for name, shape in shapes.items()}
+        found = {name: x.to(device, torch.float32 if name == "pred_boxes" else dtype) for name, x in found.items()}
+        found = {name: x.requires_grad_() for name, x in found.items() if masks or name != "pred_masks"}
+        leaves.extend(found.values())
+        return found
 
+    n = instances
     first, queries, groups = config.selections[0], config.selections[-1], config.denoising_queries // n
     layers = [predictions(groups * n + queries) for _ in range(config.decoder_layers + 1)]
     matching = [{name: x[:, groups * n :] for name, x in layer.items()} for layer in layers]
@@ -42,68 +65,57 @@ def random_problem(config, n, height, width, device, batch_size=2):
     outputs["di_outputs"] = [predictions(first, masks=False) for _ in range(config.interaction_layers)]
     if groups:
         outputs["dn_outputs"] = denoised[-1] | {"aux_outputs": denoised[:-1], "num_groups": groups}
-    targets = []
-    for _ in range(batch_size):
-        boxes = 0.1 + 0.4 * torch.rand(n, 4, device=device)
-        y, x = ((torch.arange(size, device=device) + 0.5) / size for size in (height, width))
-        rows, columns = ((p - boxes[:, i, None]).abs() < boxes[:, i + 2, None] / 2 for p, i in ((y, 1), (x, 0)))
-        labels = torch.randint(config.num_classes, (n,), device=device)
-        targets.append({"labels": labels, "boxes": boxes, "masks": rows[:, :, None] & columns[:, None]})
-    return outputs, targets
+    return outputs, leaves
 
 
-def load_criterion(folder, config):
-    """SetCriterion of the checkout in this folder."""
-    for name in ("losses", "matcher"):
-        sys.modules.pop(name, None)
-    if not (Path(folder) / "losses.py").exists():
-        sys.exit(f"benchmarks.criterion: {folder}: has no losses.py; give the root of a checkout")
-    sys.path.insert(0, folder)
-    criterion = importlib.import_module("losses").SetCriterion(config)
-    sys.path.pop(0)
-    return criterion
+def prepare(args):
+    """Two functions: one counts the operators of all passes, the other takes their times."""
+    dtype, config = beside.set_precision(args) or torch.float32, PRESETS[args.preset]
+    criterion = SetCriterion(config)
 
+    def run(outputs, leaves, targets, backward):
+        with torch.set_grad_enabled(backward):
+            terms = criterion(outputs, targets)
+            loss = sum(criterion.weights[name] * term for name, term in terms.items())
+        if backward:
+            torch.autograd.grad(loss, leaves)  # `backward` would add to the gradients of the last run
+        assert loss.isfinite()  # waits for the GPU
 
-def seconds(criterion, outputs, targets, backward):
-    """Time of the terms, and of their gradient by all predictions if `backward`."""
-    begin = time.perf_counter()
-    with torch.set_grad_enabled(backward):
-        terms = criterion(outputs, targets)
-        loss = sum(criterion.weights[name] * term for name, term in terms.items())
-    if backward:
-        loss.backward()
-    assert loss.isfinite()  # waits for the GPU
-    return time.perf_counter() - begin
+    passes = {}
+    for n in args.instances:
+        problem = random_outputs(args.batch_size, *args.size, config, n, args.device, dtype)
+        targets = random_targets(args.batch_size, *args.size, config.num_classes, n, args.device)
+        for name, backward in (("forward", False), ("forward and backward", True)):
+            passes[f"{n} instances, {name}"] = partial(run, *problem, targets, backward)
+
+    def untimed():
+        counts = {}
+        for name, one in passes.items():
+            with Calls() as calls:
+                one()
+            counts[f"{name}, operator calls"] = calls.count
+        return counts
+
+    def measure():
+        times = {name: beside.timed(one, args.device) for name, one in passes.items()}
+        return {f"{name}, {kind}": value for name, found in times.items() for kind, value in found.items()}
+
+    return untimed, measure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="dimaskdino_r50", help="default: %(default)s")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1088), help="height and width, default: 800 1088")
+    beside.add_arguments(parser, PRESETS)
+    parser.set_defaults(batch_size=2)
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1088], metavar=("HEIGHT", "WIDTH"), help="800 1088")
     parser.add_argument("--instances", type=int, nargs="+", default=[7, 60], help="of an image, default: 7 60")
-    parser.add_argument("--beside", metavar="DIR", help="another checkout, whose criterion runs in turn with this one")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs, after one untimed; default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args()
-    config = PRESETS[args.preset]
-    folders = [args.beside, "."] if args.beside else ["."]
-    criteria = {folder: load_criterion(folder, config) for folder in folders}
-    torch.manual_seed(0)
-    print("| instances | pass | checkout | operator calls | seconds |\n|---|---|---|---|---|")
-    for n in args.instances:
-        problem = random_problem(config, n, *args.size, args.device)
-        for name, backward in (("forward", False), ("forward and backward", True)):
-            calls, times = {}, {folder: [] for folder in folders}
-            for folder, criterion in criteria.items():
-                with Calls() as counter:
-                    seconds(criterion, *problem, backward)
-                calls[folder] = counter.count
-            for _ in range(args.repeats):
-                for folder, criterion in criteria.items():
-                    times[folder].append(seconds(criterion, *problem, backward))
-            for folder in folders:
-                taken = f"{median(times[folder]):.3f} ({min(times[folder]):.3f} to {max(times[folder]):.3f})"
-                print(f"| {n} | {name} | {folder} | {calls[folder]} | {taken} |", flush=True)
+    if args.compile:
+        parser.error("--compile: the criterion is never compiled")
+    if args.folder:
+        beside.serve(*prepare(args))
+    else:
+        beside.compare("criterion", args, lambda folder: None)
 
 
 if __name__ == "__main__":

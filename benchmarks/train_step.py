@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import beside
-from benchmarks.criterion import Calls
+from benchmarks.criterion import Calls, random_targets
 from benchmarks.fake_gpu import FakeGPU
 from losses import SetCriterion
 from model import PRESETS, build_model
@@ -17,23 +17,10 @@ from train import backward, parameter_groups
 
 
 def random_batch(batch_size, size, num_classes, instances, device):
-    """Images (3, size, size) in [0, 1] and targets as `train.py` has them, whose masks fill their boxes."""
+    """Images (3, size, size) in [0, 1] and targets as `train.py` has them."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(3, size, size, generator=generator).to(device) for _ in range(batch_size)]
-    pixels = (torch.arange(size) + 0.5) / size
-    targets = []
-    for _ in range(batch_size):
-        sides = 0.05 + 0.4 * torch.rand(instances, 2, generator=generator)
-        centres = sides / 2 + (1 - sides) * torch.rand(instances, 2, generator=generator)
-        inside = (pixels - centres[..., None]).abs() < sides[..., None] / 2  # (n, 2, size): columns, rows
-        targets.append(
-            {
-                "labels": torch.randint(num_classes, (instances,), generator=generator).to(device),
-                "boxes": torch.cat([centres, sides], 1).to(device),
-                "masks": (inside[:, 1, :, None] & inside[:, 0, None]).to(device),
-            }
-        )
-    return images, targets
+    return images, random_targets(batch_size, size, size, num_classes, instances, device)
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """What the studies share: runs side by side that can be continued, and the statistics of several seeds."""
 
+import json
 import os
 import platform
 import shlex
@@ -46,6 +47,20 @@ def run_all(runs, jobs, launcher=()):
         pool.shutdown(cancel_futures=True)  # on an interrupt nothing new begins
     if problems:
         sys.exit(f"{Path(sys.argv[0]).parent.name}: error: {problems[0]}")
+
+
+def earlier_runs(path, **recipe):
+    """The runs of a results.json of the same recipe, [] if there are none, and a line that says which are kept.
+
+    They count as finished, also on a machine that lacks their folders, if they name the commit that trained them.
+    recipe: entries of the file that must be equal.
+    """
+    content = json.loads(path.read_text()) if path.exists() else {}
+    same = all(content.get(name) == value for name, value in recipe.items())
+    runs = [run for run in content["runs"] if "commit" in run] if same and content else []
+    if runs:
+        print(f"kept: {len(runs)} runs of {path.name}, of commits {', '.join(sorted({run['commit'] for run in runs}))}")
+    return runs
 
 
 def commit():

@@ -47,8 +47,12 @@ def test_interval_against_a_table_of_student():
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    imbalance.plot(study_runs(), tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+    for runs in (study_runs(), [run for run in study_runs() if run["seed"] == 0]):  # also of a single seed
+        imbalance.plot(runs, tmp_path / "plot.png")
+        with Image.open(tmp_path / "plot.png") as picture:
+            assert picture.width > 1000
+            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(1 << 24)}
+        assert colours[255, 127, 14] > 1000 and colours[31, 119, 180] > 1000  # bars of box and mask AP
 
 
 def test_committed_results_fit_the_program():
@@ -105,13 +109,6 @@ def test_collect(tmp_path):
     assert imbalance.collect(tmp_path, 2) == [expected]
 
 
-def test_runs_without_a_commit_are_trained_again():
-    """Those of the results.json in the repository are from before training changed."""
-    runs = json.loads((imbalance.FOLDER / "results.json").read_text())["runs"]
-    kept = imbalance.earlier_runs(imbalance.FOLDER / "results.json", 5)
-    assert kept == [run for run in runs if "commit" in run]
-
-
 def test_what_results_json_has_is_not_trained_again(tmp_path, monkeypatch):
     made = [{"row": name, "seed": 0, "commit": "abc", "seconds": 8, "layers": [{"box": 1.0, "mask": 2.0}] * 4}
             for name in imbalance.FLAGS]  # fmt: skip
@@ -125,6 +122,13 @@ def test_what_results_json_has_is_not_trained_again(tmp_path, monkeypatch):
     imbalance.main()
     assert len(started) == len(imbalance.FLAGS) and all(folder.endswith("-1") for folder in started)
     assert json.loads(path.read_text())["runs"] == made
-    assert imbalance.earlier_runs(path, 2) == made and not imbalance.earlier_runs(tmp_path / "none.json", 2)
-    path.write_text(path.read_text().replace("--epochs 5", "--epochs 6"))
-    assert imbalance.earlier_runs(path, 2) == []
+
+
+def test_earlier_runs(tmp_path, capsys):
+    """Runs of another recipe, and those that do not say which commit trained them, are trained again."""
+    path = tmp_path / "results.json"
+    assert study.earlier_runs(path, recipe="a") == []
+    path.write_text(json.dumps({"recipe": "a", "runs": [{"seed": 0, "commit": "abc"}, {"seed": 1}]}))
+    assert study.earlier_runs(path, recipe="a") == [{"seed": 0, "commit": "abc"}]
+    assert "kept: 1 runs of results.json, of commits abc" in capsys.readouterr().out
+    assert study.earlier_runs(path, recipe="b") == []

@@ -139,6 +139,10 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     real_images.main()
     assert "not drawn, as matplotlib" in capsys.readouterr().err
     assert len(in_process) == first and json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
+    # Nor are they trained again where only results.json is.
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--output", str(tmp_path / "elsewhere")])
+    real_images.main()
+    assert len(in_process) == first and json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--size", "64"])
     with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
         real_images.main()

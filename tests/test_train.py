@@ -500,7 +500,20 @@ def test_a_frozen_backbone(run, tmp_path, monkeypatch):
 
 def test_three_lines_and_warnings(run, tmp_path, capsys):
     output = tmp_path / "out"
-    run("--output", output, *SMALL, "--selections", "6,3", "--max-iterations", 2, "--accumulate", 2, "--no-eval")
+    run(
+        "--output",
+        output,
+        *SMALL,
+        "--selections",
+        "6,3",
+        "--denoising-queries",
+        2,
+        "--max-iterations",
+        2,
+        "--accumulate",
+        2,
+        "--no-eval",
+    )
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     start = lines.index("12 images of 10 classes to train on, no evaluation")
@@ -508,6 +521,7 @@ def test_three_lines_and_warnings(run, tmp_path, capsys):
     assert lines[start + 2] == f"8 images an iteration, 4 x 1 processes x 2 batches; on cpu; output in {output}"
     assert "warning: the warm-up takes 100 of 2 iterations" in printed.err
     assert "of 12 images hold more instances than the model has queries, up to" in printed.err
+    assert "of 12 images hold more instances than the 2 denoising queries: a batch with one of them" in printed.err
     assert not list(output.glob("*.png")) and not (output / "best.pt").exists() and not (output / "eval.json").exists()
 
 

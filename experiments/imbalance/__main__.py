@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
+
 from config import PRESETS
 from drawing import draw_layers
-from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
+from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
 from experiments.tables import ROWS, settings
 from shapes import make_shapes
 
@@ -53,15 +55,6 @@ def collect(output, seeds):
                 made = ", ".join((folder / "commit.txt").read_text().split())
                 runs.append({"row": name, "seed": seed, "commit": made, "seconds": seconds, "layers": layers})
     return runs
-
-
-def earlier_runs(path, seeds):
-    """The runs of a results.json that were trained with today's recipe: they count as finished, also on a machine that
-    lacks their folders. Runs that do not name their commit are from before training was as released, and do not count.
-    """
-    content = json.loads(path.read_text()) if path.exists() else {}
-    runs = content["runs"] if content.get("recipe") == shlex.join(RECIPE) else []
-    return [run for run in runs if run["row"] in FLAGS and run["seed"] < seeds and "commit" in run]
 
 
 def per_layer(runs, name, kind, seeds=None):
@@ -150,9 +143,9 @@ def plot(runs, path):
     panels = figure.subplots(1, len(MODULES), sharey=True)
     for axes, name in zip(panels, MODULES, strict=True):
         box, mask = (per_layer(runs, name, kind) for kind in ("box", "mask"))
-        if len(box) and len(box[0]) > 1:
-            draw_layers(axes, *([mean(v) for v in kind] for kind in (box, mask)),
-                        *([stdev(v) for v in kind] for kind in (box, mask)))  # fmt: skip
+        if box:
+            spread = lambda kind: np.array([stdev(v) if len(v) > 1 else 0 for v in kind])  # noqa: E731
+            draw_layers(axes, *([mean(v) for v in kind] for kind in (box, mask)), spread(box), spread(mask))
         axes.set_title({"neither": "neither (Mask DINO)", "DI and BATO": "DI and BATO (DI-MaskDINO)"}.get(name, name))
     panels[0].set_ylabel("AP (numbers: box - mask)")
     panels[0].legend(loc="upper left")
@@ -181,12 +174,8 @@ def main():
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs: 1 or more")
     output, results = ROOT / args.output, Path(args.results)
-    runs = earlier_runs(results / "results.json", args.seeds)
+    runs = [run for run in earlier_runs(results / "results.json", recipe=shlex.join(RECIPE)) if run["row"] in FLAGS]
     known = {(run["row"], run["seed"]) for run in runs}
-    if runs:
-        print(
-            f"kept: {len(runs)} runs of results.json, of commits {', '.join(sorted({run['commit'] for run in runs}))}"
-        )
     # Seed by seed, so that what is there early compares all rows.
     work = [(name, seed) for seed in range(args.seeds) for name in FLAGS if (name, seed) not in known]
     if work:

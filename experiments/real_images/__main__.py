@@ -18,7 +18,7 @@ from coco import coco_paths, read_annotations
 from config import InputError
 from data import CocoInstances
 from experiments.real_images.scoring import LIMITS, open_run
-from experiments.study import ROOT, commit, machine, mean_sd, paired, run_all
+from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
 
 FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"di-maskdino": "DI-MaskDINO (tiny)", "mask-dino": "Mask DINO (tiny)", "mask-rcnn": "Mask R-CNN (ResNet-18)"}
@@ -51,13 +51,14 @@ def read_log(folder):
     return [e for e in entries if "loss" in e], [e for e in entries if "box" in e]
 
 
-def measure_epochs(args, output, num_images):
+def measure_epochs(args, output, num_images, earlier):
     """{system: epochs that fill the time}, by the speed of a few iterations on a machine as busy as in the runs.
 
-    Measured once and kept in epochs.json, so that all seeds, also later ones, train equally long.
+    Measured once and kept in epochs.json, so that all seeds, also later ones, train as long as the `earlier` runs.
     """
     path = output / "epochs.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = {run["system"]: run["epochs"] for run in earlier}
+    known |= json.loads(path.read_text()) if path.exists() else {}
     if missing := [system for system in args.systems if system not in known]:
         folders = {system: output / "speed" / system for system in missing}
         stop = ["--max-iterations", CALIBRATION]
@@ -279,8 +280,9 @@ def main():
     output, results = ROOT / args.output, Path(args.results)
     args.data_root = Path(args.data_root).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("minutes", "size", "scale", "batch_size", "flags",
-                                                       "mask_rcnn_flags", "choose")}  # fmt: skip
+    settings = {"data": args.data_root.name}
+    settings |= {name: getattr(args, name) for name in ("minutes", "size", "scale", "batch_size", "flags",
+                                                        "mask_rcnn_flags", "choose")}  # fmt: skip
     path = output / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{path}: its runs have other settings; choose another --output, or give the same flags")
@@ -288,14 +290,20 @@ def main():
     if args.choose:
         args.data_root = split_training_images(args, output)
     train_set = CocoInstances(*coco_paths(args.data_root, "train"), training=True)
-    epochs = measure_epochs(args, output, len(train_set))
-    work = [(system, seed, output / f"{system}-{seed}") for seed in range(args.seeds) for system in args.systems]
+    runs = earlier_runs(results / "results.json", settings=settings)
+    known = {(run["system"], run["seed"]) for run in runs}
+    epochs = measure_epochs(args, output, len(train_set), runs)
+    work = [
+        (system, seed, output / f"{system}-{seed}")
+        for seed in range(args.seeds) for system in args.systems if (system, seed) not in known
+    ]  # fmt: skip
     run_all([(f, "eval.json", training_command(args, system, f, seed, epochs[system])) for system, seed, f in work],
             args.jobs)  # fmt: skip
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
-    runs = collect(args, output, epochs)
+    runs += [run for run in collect(args, output, epochs) if (run["system"], run["seed"]) not in known]
+    runs.sort(key=lambda run: (run["seed"], list(SYSTEMS).index(run["system"])))
     content = {"settings": settings, "commit": commit(), "machine": machine(), "runs": runs}
     (results / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(runs))
