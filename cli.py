@@ -123,12 +123,13 @@ def warn_of_crowded_images(dataset, config):
     """Warn of images with more instances than the model has queries to find them or, in training, for denoising."""
     counts = [len(dataset.instances[image_id]) for image_id in dataset.image_ids]
     hold = lambda limit: f"{sum(n > limit for n in counts)} of {len(counts)} images hold more instances"  # noqa: E731
-    if max(counts) > (queries := config.selections[-1]):
+    most = max(counts, default=0)
+    if most > (queries := config.selections[-1]):
         warn(
-            f"{hold(queries)} than the model has queries, up to {max(counts)}: it can find {queries} in an image; the "
+            f"{hold(queries)} than the model has queries, up to {most}: it can find {queries} in an image; the "
             "last number of --selections sets how many"
         )
-    if max(counts) > (denoising := config.denoising_queries) > 0:
+    if most > (denoising := config.denoising_queries) > 0:
         warn(
             f"{hold(denoising)} than the {denoising} denoising queries: a batch with one of them trains without "
             "denoising, and learns more slowly; raise --denoising-queries"

@@ -42,8 +42,8 @@ def random_targets(batch_size, height, width, num_classes, instances, device):
     return targets
 
 
-def random_outputs(batch_size, height, width, config, instances, device, dtype):
-    """What the model gives in training for images of this size, with denoising queries for so many instances each; and
+def random_outputs(batch_size, height, width, config, n, device, dtype):
+    """What the model gives in training for images of this size, with denoising queries for n instances each; and
     a list of the tensors that are its leaves.
     """
     generator, leaves = torch.Generator().manual_seed(0), []
@@ -56,7 +56,6 @@ def random_outputs(batch_size, height, width, config, instances, device, dtype):
         leaves.extend(found.values())
         return found
 
-    n = instances
     first, queries, groups = config.selections[0], config.selections[-1], config.denoising_queries // n
     layers = [predictions(groups * n + queries) for _ in range(config.decoder_layers + 1)]
     matching = [{name: x[:, groups * n :] for name, x in layer.items()} for layer in layers]

@@ -500,20 +500,8 @@ def test_a_frozen_backbone(run, tmp_path, monkeypatch):
 
 def test_three_lines_and_warnings(run, tmp_path, capsys):
     output = tmp_path / "out"
-    run(
-        "--output",
-        output,
-        *SMALL,
-        "--selections",
-        "6,3",
-        "--denoising-queries",
-        2,
-        "--max-iterations",
-        2,
-        "--accumulate",
-        2,
-        "--no-eval",
-    )
+    flags = "--selections 6,3 --denoising-queries 2 --max-iterations 2 --accumulate 2 --no-eval".split()
+    run("--output", output, *SMALL, *flags)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     start = lines.index("12 images of 10 classes to train on, no evaluation")

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
-
 from config import PRESETS
 from drawing import draw_layers
 from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
@@ -144,7 +142,7 @@ def plot(runs, path):
     for axes, name in zip(panels, MODULES, strict=True):
         box, mask = (per_layer(runs, name, kind) for kind in ("box", "mask"))
         if box:
-            spread = lambda kind: np.array([stdev(v) if len(v) > 1 else 0 for v in kind])  # noqa: E731
+            spread = lambda kind: [stdev(v) if len(v) > 1 else 0 for v in kind]  # noqa: E731
             draw_layers(axes, *([mean(v) for v in kind] for kind in (box, mask)), spread(box), spread(mask))
         axes.set_title({"neither": "neither (Mask DINO)", "DI and BATO": "DI and BATO (DI-MaskDINO)"}.get(name, name))
     panels[0].set_ylabel("AP (numbers: box - mask)")
