@@ -9,6 +9,11 @@ from attention import MLP, FeedForward, MSDeformAttn, in_full_precision, inverse
 from di import Queries
 
 
+def mask_logits(embeddings, pixels):
+    """Dot products of mask embeddings (B, Q, C) and pixel features (B, C, h, w) -> (B, Q, h, w), Eq. 11."""
+    return torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
+
+
 class PredictionHeads(nn.Module):
     """Class, box and mask heads (Eq. 10, 11), one set for every layer and for both selections."""
 
@@ -30,15 +35,22 @@ class PredictionHeads(nn.Module):
 
     def masks(self, x, pixel_features):
         """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
-        return torch.einsum("bqc,bchw->bqhw", self.mask_head(self.norm(x)), pixel_features)
+        return mask_logits(self.mask_head(self.norm(x)), pixel_features)
 
     def forward(self, x, boxes, pixel_features):
-        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes, pred_masks (B, Q, H/4, W/4)}."""
-        return {
-            "pred_logits": self.class_head(self.norm(x)),
+        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes, pred_masks (B, Q, H/4, W/4)}.
+
+        In training also the factors of pred_masks, mask_embeddings (B, Q, C) and pixels (B, C, H/4, W/4): of them the
+        criterion makes the masks of the matched queries, so that the others need no gradient.
+        """
+        normed = self.norm(x)
+        embeddings = self.mask_head(normed)
+        predictions = {
+            "pred_logits": self.class_head(normed),
             "pred_boxes": boxes,
-            "pred_masks": self.masks(x, pixel_features),
+            "pred_masks": mask_logits(embeddings, pixel_features),
         }
+        return predictions | ({"mask_embeddings": embeddings, "pixels": pixel_features} if self.training else {})
 
     def refine(self, x, boxes):
         """Reference boxes (B, Q, 4) of the next layer: of a layer's output x (B, Q, C) and its own reference boxes."""

@@ -1,5 +1,6 @@
 """The set criterion: classification, box and mask losses of every set of predictions (appendix B.2)."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,6 +11,13 @@ from attention import full_precision
 from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
+
+
+def smallest(x, k):
+    """Indices (N, k) int64, in any order, of the k smallest values in every row of x (N, P), k < P."""
+    if x.device.type == "cpu":  # on which numpy is four times as fast
+        return torch.from_numpy(np.argpartition(x.numpy(), k, axis=1)[:, :k])
+    return x.topk(k, dim=1, largest=False, sorted=False).indices
 
 
 def mask_losses(logits, targets, index, num_points):
@@ -28,7 +36,7 @@ def mask_losses(logits, targets, index, num_points):
     predicted, wanted = [], []
     for maps, part in zip(logits, index.split([len(maps) for maps in logits]), strict=True):
         distances = sample_points(maps.detach(), draws[0].index_select(0, part)).abs_()
-        uncertain = distances.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+        uncertain = smallest(distances, num_uncertain)
         chosen = torch.cat([uncertain, uniform.expand(len(maps), -1)], 1).add_(part[:, None], alpha=K)
         wanted.append(sampled.take(chosen))
         predicted.append(sample_points(maps, F.embedding(chosen, points)))
@@ -37,6 +45,31 @@ def mask_losses(logits, targets, index, num_points):
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
     return torch.stack([bce, dice])
+
+
+def same_pixels(sets):
+    """Of every set the number of the first one whose masks are products with the same pixel features, (S,) int64."""
+    pixels = [id(s.get("pixels", s)) for s in sets]
+    return torch.tensor([pixels.index(one) for one in pixels])
+
+
+def masks_of(sets, lengths, image, query, joined):
+    """Mask logits of N pairs, a list of (n, h, w).
+
+    sets: S predictions; image, query, joined (N,) int64: of every pair, its query in its set and its query in all sets,
+    pairs sorted by `same_pixels` and image, of which (S, B) lengths. Where the sets have the factors of their masks, those
+    of the pairs are multiplied once more: the gradient of pred_masks would be as large as all masks, and mostly zero.
+    """
+    if not all("pixels" in s for s in sets):
+        sizes = lengths.sum(1).tolist()
+        picked = zip(sets, image.split(sizes), query.split(sizes), strict=True)
+        return [full_precision(s["pred_masks"][b, q]) for s, b, q in picked]
+    dtype, first = sets[0]["pred_masks"].dtype, same_pixels(sets).unique()
+    embeddings = torch.cat([s["mask_embeddings"] for s in sets], 1)[image, joined].to(dtype)
+    pixels = [x.to(dtype) for i in first for x in sets[i]["pixels"]]
+    parts = zip(embeddings.split(lengths[first].flatten().tolist()), pixels, strict=True)
+    masks = [full_precision(torch.einsum("nc,chw->nhw", *part)) for part in parts]
+    return [few for some in masks for few in some.split(256)]  # `mask_losses` holds 0.8 MB of points for each
 
 
 class SetCriterion(nn.Module):
@@ -69,28 +102,34 @@ class SetCriterion(nn.Module):
         logits, boxes = map(full_precision, joined)
         labels, wanted = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
 
-        # All pairs, numbered over all sets and images. The host has just waited for the costs: this copy waits no more.
-        lengths = torch.tensor([len(query) for query, _ in pairs])
-        number = torch.arange(len(pairs)).repeat_interleave(lengths)
-        image, lengths = number % len(counts), lengths.view(len(sets), -1).sum(1).tolist()
+        # All pairs, by pixel features and image. The host has just waited for the costs: this copy waits no more.
+        number = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(query) for query, _ in pairs]))
+        number, image = number // len(counts), number % len(counts)
+        place = same_pixels(sets.values())[number] * len(counts) + image
+        lengths = place.bincount(minlength=len(pairs)).view(len(sets), -1)
         query, index = (torch.cat(x) for x in zip(*pairs, strict=True))
         first_query, first_instance = (F.pad(torch.tensor(x).cumsum(0), (1, 0)) for x in (sizes, counts))
-        rows = torch.stack([image, query, query + first_query[number // len(counts)], index + first_instance[image]])
-        image, query, joined, index = rows.to(boxes.device, non_blocking=True)
+        rows = torch.stack([number, image, query, query + first_query[number], index + first_instance[image]])
+        rows = rows[:, place.argsort(stable=True)]
+        number, image, query, joined, index = rows.to(boxes.device, non_blocking=True)
 
         one_hot = torch.zeros_like(logits)
         one_hot[image, joined, labels[index]] = 1
         class_losses = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2).sum((0, 2))  # of each query
         boxes, wanted = boxes[image, joined], wanted[index].to(boxes)
         l1, giou = (boxes - wanted).abs().sum(1), pairwise_giou(boxes[:, None], wanted[:, None])[:, 0, 0]
-        picked = zip(sets.values(), image.split(lengths), query.split(lengths), strict=True)
-        masks = [full_precision(s["pred_masks"][b, q]) for s, b, q in picked if "pred_masks" in s]
-        unmasked = len(index) - sum(map(len, masks))
-        bce, dice = F.pad(mask_losses(masks, targets, index[unmasked:], self.num_points), (unmasked, 0))
+
+
+        masked = [s for s in sets.values() if "pred_masks" in s]
+        plain = len(sets) - len(masked)
+        lengths, first = lengths[plain:], lengths[:plain].sum().item()
+        masks = masks_of(masked, lengths, image[first:], query[first:], joined[first:] - sum(sizes[:plain]))
+        bce, dice = F.pad(mask_losses(masks, targets, index[first:], self.num_points), (first, 0))
 
         class_sums = torch.stack([x.sum() for x in class_losses.split(sizes)])
-        sums = [x.sum(1) for x in torch.stack([l1, 1 - giou, bce, dice]).split(lengths, 1)]
-        sums = torch.cat([class_sums[:, None], torch.stack(sums)], 1) / divisors[:, None].to(class_sums)  # (sets, 5)
+        of_set = (number[:, None] == torch.arange(len(sets), device=number.device))[..., None]  # (pairs, sets, 1)
+        sums = torch.stack([l1, 1 - giou, bce, dice], 1)[:, None].where(of_set, 0).sum(0)
+        sums = torch.cat([class_sums[:, None], sums], 1) / divisors[:, None].to(class_sums)  # (sets, 5)
         rows = zip(sets, sums, [TERMS if "pred_masks" in s else TERMS[:3] for s in sets.values()], strict=True)
         return {name + suffix: x for suffix, row, names in rows for name, x in zip(names, row, strict=False)}
 

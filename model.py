@@ -67,6 +67,7 @@ class DIMaskDINO(nn.Module):
         In training or with `all_layers` also aux_outputs: the same predictions on the decoder's input and after each
         layer but the last; interm_outputs: those of the first selection; di_outputs: class and box after each
         interaction layer; and with targets dn_outputs: the predictions on the denoising queries, with aux_outputs.
+        In training every pred_masks has its factors beside it: mask_embeddings (B, Q, C) and pixels (B, C, H/4, W/4).
         """
         every, last = self.training or all_layers, self.config.decoder_layers - 1
         heads, decoder = self.heads, self.decoder
@@ -87,7 +88,8 @@ class DIMaskDINO(nn.Module):
                 layers.append(heads.predict_layer(queries.content, previous, features.pixels))  # Eq. 10, 11
 
         # By `split`, whose gradient is one tensor; that of two slices would be two as large, and their sum.
-        parts = [{k: x.split([num_dn, x.shape[1] - num_dn], 1) for k, x in layer.items()} for layer in layers]
+        sizes = [num_dn, queries.content.shape[1] - num_dn]
+        parts = [{k: [x, x] if k == "pixels" else x.split(sizes, 1) for k, x in layer.items()} for layer in layers]
         denoised, matching = ([{k: x[i] for k, x in part.items()} for part in parts] for i in (0, 1))
         outputs |= matching[-1]
         if every:

@@ -258,6 +258,33 @@ def test_an_image_without_instances_beside_one_with():
     assert all(term.isfinite() and term > 0 for term in terms.values())
 
 
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0]])
+def test_masks_from_their_factors_give_the_same_terms_and_gradients(counts):
+    """Of a model whose layers have two kinds of pixel features, F and F'; and not one gradient of all masks."""
+    torch.manual_seed(0)
+    model = build_model("tiny", num_classes=3, loss_points=40, decoder_layers=2).double().train()
+    _, targets = batch(counts)
+    targets = [t | {"masks": t["masks"].repeat_interleave(4, 1).repeat_interleave(4, 2)} for t in targets]
+    outputs = model([torch.rand(3, 64, 64).double() for _ in counts], targets)
+    layers = [outputs, outputs["interm_outputs"], *outputs["aux_outputs"]]
+    if "dn_outputs" in outputs:
+        layers += [outputs["dn_outputs"], *outputs["dn_outputs"]["aux_outputs"]]
+    assert len({id(layer["pixels"]) for layer in layers}) == 2
+    criterion, results = SetCriterion(model.config), []
+    for names in ((), ("pixels", "mask_embeddings")):
+        for layer in layers:
+            for name in names:
+                del layer[name]
+        dense = [layer["pred_masks"] for layer in layers]
+        torch.manual_seed(1)
+        terms = criterion(outputs, targets)
+        total = sum(criterion.weights[name] * term for name, term in terms.items())
+        grads = torch.autograd.grad(total, [*model.parameters(), *dense], retain_graph=True, allow_unused=True)
+        assert all((grad is None) == (not names) for grad in grads[-len(dense) :])
+        results.append((terms, grads[: -len(dense)]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 def test_more_instances_than_queries():
     outputs, targets = batch([Q + 4])
     terms = SetCriterion(CONFIG)(outputs, targets)
@@ -362,8 +389,9 @@ class Constants(TorchFunctionMode):
         return result
 
 
+@pytest.mark.parametrize("factors", [True, False])
 @pytest.mark.parametrize("counts", [[7, 7], [60, 60], [3, 0]])
-def test_operator_calls_and_waiting_of_the_host(counts, monkeypatch):
+def test_operator_calls_and_waiting_of_the_host(counts, factors, monkeypatch):
     """At full size on the meta device, where reading any value raises, be it `.item()` or a boolean index."""
     config = PRESETS["dimaskdino_r50"]
     groups = 100 // max(counts)
@@ -372,14 +400,20 @@ def test_operator_calls_and_waiting_of_the_host(counts, monkeypatch):
     def meta(*shape):
         return torch.empty(len(counts), *shape, device="meta", requires_grad=True)
 
-    def predictions(queries, masks=True):
-        found = {"pred_logits": meta(queries, 80), "pred_boxes": meta(queries, 4)}
-        return found | ({"pred_masks": meta(queries, 200, 272)} if masks else {})
+    pixels = [meta(256, 200, 272) for _ in "FG"]  # F, and F' of BATO
 
-    *aux, outputs = (predictions(300) for _ in range(layers))
-    outputs |= {"aux_outputs": aux, "interm_outputs": predictions(600)}
-    outputs["di_outputs"] = [predictions(600, masks=False) for _ in range(config.interaction_layers)]
-    *aux, denoised = (predictions(groups * max(counts)) for _ in range(layers))
+    def predictions(queries, number=None):
+        found = {"pred_logits": meta(queries, 80), "pred_boxes": meta(queries, 4)}
+        if number is not None:
+            found["pred_masks"] = meta(queries, 200, 272)
+            if factors:
+                found |= {"mask_embeddings": meta(queries, 256), "pixels": pixels[number > 0]}
+        return found
+
+    *aux, outputs = (predictions(300, number) for number in range(layers))
+    outputs |= {"aux_outputs": aux, "interm_outputs": predictions(600, 0)}
+    outputs["di_outputs"] = [predictions(600) for _ in range(config.interaction_layers)]
+    *aux, denoised = (predictions(groups * max(counts), number) for number in range(layers))
     outputs["dn_outputs"] = denoised | {"aux_outputs": aux, "num_groups": groups}
     targets = []
     for n in counts:
