@@ -143,11 +143,17 @@ def main():
     parser.add_argument(
         "--half", action="store_true", help="for .pt2: compute in bfloat16, boxes and scores in float32"
     )
-    parser.add_argument("--compile", action="store_true", help="for .pt2: compile ahead of time, for this machine")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="for .pt2 and with --size: compile ahead of time, for this machine; takes minutes",
+    )
     args = parser.parse_args()
 
     path = Path(args.output)
     check_output(path, args.compile, args.half)
+    if args.compile and not args.size:  # for any size the compiler had not ended after 12 minutes, with preset tiny
+        raise InputError("--compile needs --size: compiling for any size takes too long; e.g. --size 800 1344")
     if args.size and (args.size[0] % 32 or args.size[1] % 32):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 32")
     model, _ = load_model(args.checkpoint)

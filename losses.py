@@ -54,11 +54,13 @@ def same_pixels(sets):
 
 
 def masks_of(sets, lengths, image, query, joined):
-    """Mask logits of N pairs, a list of (n, h, w).
+    """Mask logits of the queries of N pairs, a list of (n, h, w).
 
-    sets: S predictions; image, query, joined (N,) int64: of every pair, its query in its set and its query in all sets,
-    pairs sorted by `same_pixels` and image, of which (S, B) lengths. Where the sets have the factors of their masks, those
-    of the pairs are multiplied once more: the gradient of pred_masks would be as large as all masks, and mostly zero.
+    sets: S predictions; lengths (S, B) int64, on the CPU: numbers of pairs by `same_pixels` and image, in their order;
+    image, query, joined (N,) int64: the query is numbered in its set and through all sets.
+
+    Where the sets have the factors of their masks, those of the pairs are multiplied once more: the gradient of
+    pred_masks would be as large as all masks, and mostly zero.
     """
     if not all("pixels" in s for s in sets):
         sizes = lengths.sum(1).tolist()
@@ -118,7 +120,6 @@ class SetCriterion(nn.Module):
         class_losses = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2).sum((0, 2))  # of each query
         boxes, wanted = boxes[image, joined], wanted[index].to(boxes)
         l1, giou = (boxes - wanted).abs().sum(1), pairwise_giou(boxes[:, None], wanted[:, None])[:, 0, 0]
-
 
         masked = [s for s in sets.values() if "pred_masks" in s]
         plain = len(sets) - len(masked)

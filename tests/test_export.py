@@ -149,6 +149,7 @@ def test_program_says_how_far_the_file_is_from_the_model(flags, program, swin, t
         (["c.pt", "out.onnx", "--half"], "--half is for .pt2"),
         (["c.pt", "out.pt2", "--size", "96", "100"], "--size 96 100: both must be multiples of 32"),
         (["c.pt", "out.pt2"], "--size is needed for a Swin backbone"),
+        (["c.pt", "out.pt2", "--compile"], "--compile needs --size"),
         (["missing.pt", "out.pt2"], "missing.pt: no such"),
     ],
 )
@@ -159,5 +160,5 @@ def test_bad_input_is_one_line(flags, message, program, swin):
 
 def test_compiling_without_a_compiler_is_one_line(program):
     with inductor.patch({"cpp.cxx": ("/no/compiler",)}):
-        status, _ = program("c.pt", "out.pt2", "--compile")
+        status, _ = program("c.pt", "out.pt2", "--compile", "--size", "64", "64")
     assert "--compile: needs a C++ compiler" in status and "\n" not in status
