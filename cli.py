@@ -1,6 +1,7 @@
 """What the programs share: the flags that name the data, devices and processes, and errors in one line."""
 
 import argparse
+import ctypes
 import math
 import os
 import re
@@ -226,6 +227,18 @@ def choose_device(name):
     # By default PyTorch takes TF32, with 10 bits of mantissa, for convolutions and not for matrix products.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def keep_freed_memory(device):
+    """On a CPU, let glibc keep the large tensors' memory that a step frees, for the next step.
+
+    As a default it goes back to the system, which clears it page by page when it is wanted again: a tenth of a step.
+    """
+    mallopt = getattr(ctypes.pythonapi, "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
+    if mallopt:  # another C library may have none
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def join_processes(name):

@@ -296,7 +296,6 @@ class Trainer:
         self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
         self.progress = tqdm(total=self.stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
-
         evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
         due = self.ends_epoch(args.eval_every) and not cli.gather(evaluated)[0]  # it was interrupted in its evaluation
         stopping = due and self.evaluate()
@@ -436,6 +435,7 @@ class Trainer:
 def main():
     args = parse_arguments()
     device, rank, local_rank, world = cli.join_processes(args.device)
+    cli.keep_freed_memory(device)
     cli.together(lambda: local_rank == 0 and cli.generate_shapes(args))
     trainer = cli.together(lambda: Trainer(args, device, rank, world))
     cli.require_same(

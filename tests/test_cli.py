@@ -4,7 +4,9 @@ The programs run in this process, as their files do at their end; `test_as_a_use
 """
 
 import argparse
+import ctypes
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -449,6 +451,29 @@ def disagree(rank):
             raise DataError(f"file of {rank}: is missing")
 
     cli.run_program(lambda: cli.together(step))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.pythonapi, "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """A tensor of 64 MB, made again and again, takes new pages from the system only before."""
+    code = """if True:
+        import resource, torch, cli
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.zeros(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        before = faults()
+        cli.keep_freed_memory(torch.device("cpu"))
+        torch.zeros(2**24)
+        print(before, faults())"""
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent)}
+    environment.pop("GLIBC_TUNABLES", None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    assert after < before / 20
 
 
 def test_processes_agree(tmp_path):
