@@ -48,17 +48,36 @@ def mask_losses(logits, targets, index, num_points):
 
 
 def same_pixels(sets):
-    """Of every set the number of the first one whose masks are products with the same pixel features, (S,) int64."""
-    pixels = [id(s.get("pixels", s)) for s in sets]
+    """Of every set the number of the first one whose masks are products with the same pixel features, (S,) int64.
+
+    Where a set with masks does not have their factors, every set stands alone.
+    """
+    known = all("pixels" in s for s in sets if "pred_masks" in s)
+    pixels = [id(s["pixels"] if known and "pixels" in s else s) for s in sets]
     return torch.tensor([pixels.index(one) for one in pixels])
+
+
+def join_pairs(sets, pairs, counts):
+    """The N pairs of all sets and images in one table, by `same_pixels` and image; all on the CPU.
+
+    sets: S predictions; pairs: (queries, targets) per set and image, int64; counts: instances of each of the B images.
+    Returns rows (5, N) int64: a pair's set, its image, its query in the set and among those of all sets, its instance
+    among those of all images; and lengths (S, B) int64, how many pairs follow one another.
+    """
+    number = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(query) for query, _ in pairs]))
+    number, image = number // len(counts), number % len(counts)
+    place = same_pixels(sets)[number] * len(counts) + image
+    sizes = [s["pred_logits"].shape[1] for s in sets]
+    first_query, first_instance = (F.pad(torch.tensor(x).cumsum(0), (1, 0)) for x in (sizes, counts))
+    query, index = (torch.cat(x) for x in zip(*pairs, strict=True))
+    rows = torch.stack([number, image, query, query + first_query[number], index + first_instance[image]])
+    return rows[:, place.argsort(stable=True)], place.bincount(minlength=len(pairs)).view(len(sets), -1)
 
 
 def masks_of(sets, lengths, image, query, joined):
     """Mask logits of the queries of N pairs, a list of (n, h, w).
 
-    sets: S predictions; lengths (S, B) int64, on the CPU: numbers of pairs by `same_pixels` and image, in their order;
-    image, query, joined (N,) int64: the query is numbered in its set and through all sets.
-
+    sets: S predictions; lengths (S, B) and image, query, joined (N,) int64: of `join_pairs`, counted in these sets.
     Where the sets have the factors of their masks, those of the pairs are multiplied once more: the gradient of
     pred_masks would be as large as all masks, and mostly zero.
     """
@@ -104,15 +123,8 @@ class SetCriterion(nn.Module):
         logits, boxes = map(full_precision, joined)
         labels, wanted = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
 
-        # All pairs, by pixel features and image. The host has just waited for the costs: this copy waits no more.
-        number = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(query) for query, _ in pairs]))
-        number, image = number // len(counts), number % len(counts)
-        place = same_pixels(sets.values())[number] * len(counts) + image
-        lengths = place.bincount(minlength=len(pairs)).view(len(sets), -1)
-        query, index = (torch.cat(x) for x in zip(*pairs, strict=True))
-        first_query, first_instance = (F.pad(torch.tensor(x).cumsum(0), (1, 0)) for x in (sizes, counts))
-        rows = torch.stack([number, image, query, query + first_query[number], index + first_instance[image]])
-        rows = rows[:, place.argsort(stable=True)]
+        rows, lengths = join_pairs(list(sets.values()), pairs, counts)
+        # The host has just waited for the costs: this copy waits no more.
         number, image, query, joined, index = rows.to(boxes.device, non_blocking=True)
 
         one_hot = torch.zeros_like(logits)

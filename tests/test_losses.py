@@ -272,7 +272,7 @@ def test_masks_from_their_factors_give_the_same_terms_and_gradients(counts):
     assert len({id(layer["pixels"]) for layer in layers}) == 2
     criterion, results = SetCriterion(model.config), []
     for names in ((), ("pixels", "mask_embeddings")):
-        for layer in layers:
+        for layer in layers[:2]:  # where some have no factors, those of the others are not taken either
             for name in names:
                 del layer[name]
         dense = [layer["pred_masks"] for layer in layers]
