@@ -50,12 +50,14 @@ class EncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(C, config.num_heads, config.num_levels, config.num_points)
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.encoder_feedforward_dim)
+        self.keep = config.grad_checkpoint  # which computes the whole layer once more
 
     def forward(self, tokens, position, centres, level_shapes, level_sizes):
         """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
         x = tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
         inner = lambda x: self.ffn.unnormed(self.norm(x))  # noqa: E731  (the widest activations: not worth their memory)
-        x = recomputed(inner, x, use_reentrant=False, preserve_rng_state=False) if self.training else inner(x)
+        keep = self.keep or not self.training
+        x = inner(x) if keep else recomputed(inner, x, use_reentrant=False, preserve_rng_state=False)
         return self.ffn.norm(x)
 
 

@@ -4,11 +4,12 @@ import math
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert
 
 from attention import full_precision, in_full_precision
@@ -51,7 +52,7 @@ class DIMaskDINO(nn.Module):
         self.bato = BATO(config) if config.bato else None
         if config.grad_checkpoint:
             for layer in chain(*self.backbone.stages, self.encoder.layers, self.decoder.layers):
-                layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
+                layer.forward = MethodType(recomputed, layer)  # which copy.deepcopy and torch.compile understand
 
     def forward(self, images, targets=None, all_layers=False):
         """Fig. 2, from images to predictions.
@@ -117,6 +118,11 @@ class DIMaskDINO(nn.Module):
         images = [(image.to(like) - mean) / std for image in images]
         H, W = (32 * -(-max(image.shape[d] for image in images) // 32) for d in (1, 2))
         return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
+
+
+def recomputed(layer, *args):
+    """The layer's forward pass, whose inner activations are computed once more in the backward pass, and not stored."""
+    return checkpoint(type(layer).forward, layer, *args, use_reentrant=False)
 
 
 def check_images(images):

@@ -74,8 +74,9 @@ def test_the_whole_model_has_no_graph_breaks():
     assert outputs["dn_outputs"]["num_groups"] == 30 // 5 and len(outputs["aux_outputs"]) == model.config.decoder_layers
 
 
-def test_layers_are_compiled_once_for_all_sizes_and_numbers_of_instances(counter):
-    model = small_model().train()
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_layers_are_compiled_once_for_all_sizes_and_numbers_of_instances(counter, grad_checkpoint):
+    model = small_model(grad_checkpoint=grad_checkpoint).train()
     compiled = copy.deepcopy(model)
     cli.compile_layers(compiled, CPU)
     assert compiled.state_dict().keys() == model.state_dict().keys()
