@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from backbone import Swin
 from bdd100k import bdd100k_paths, read_bdd100k
 from coco import coco_paths, read_annotations
 from config import InputError
@@ -180,7 +181,8 @@ def compile_layers(model, device):
     """Compile the parts of a model that take the time, in place: names of parameters stay. Raises InputError.
 
     Part by part, since the layers of a kind share what is compiled, for any sizes and numbers of queries; in the whole
-    model each would be compiled on its own, and again for every number of instances.
+    model each would be compiled on its own, and again for every number of instances. A Swin backbone is left as it is:
+    with sizes that are symbols, the tracing of its windows does not end within minutes.
     """
     require_compiler("--compile", device)
     import torch._dynamo  # only here, as it takes a second
@@ -188,9 +190,10 @@ def compile_layers(model, device):
 
     torch._dynamo.config.specialize_float = True  # a float that is a symbol makes each part be compiled twice
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not be so later
-    parts = [model.backbone, *model.encoder.layers, model.di.candidates, model.heads, *model.decoder.layers]
+    parts = [*model.encoder.layers, model.di.candidates, model.heads, *model.decoder.layers]
     parts += [layer for interaction in model.di.interactions for layer in interaction.layers]
-    for part in [*parts, model.bato] if model.bato else parts:
+    parts += [model.bato] if model.bato else []
+    for part in parts if isinstance(model.backbone, Swin) else [model.backbone, *parts]:
         part.compile(dynamic=True, fullgraph=True)
 
 

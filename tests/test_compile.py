@@ -15,6 +15,7 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor
 
+import backbone
 import cli
 import eval as evaluation
 import predict
@@ -91,6 +92,18 @@ def test_layers_are_compiled_once_for_all_sizes_and_numbers_of_instances(counter
             one.zero_grad()
         torch.testing.assert_close(*gradients)
         assert counter.frame_count == 8  # of 7 parts; the boxes of the decoder's first layer have a gradient
+
+
+def test_a_swin_backbone_is_left_as_it_is(counter, monkeypatch):
+    monkeypatch.setitem(backbone.SWINS, "swin_small", (32, 2, 7, 0.0))
+    model = small_model(backbone="swin_small", **MASK_DINO)
+    compiled = copy.deepcopy(model)
+    cli.compile_layers(compiled, CPU)
+    for height, width in [(96, 96), (160, 224)]:
+        images = torch.rand(2, 3, height, width)
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(images)["pred_masks"], model(images)["pred_masks"])
+    assert counter.frame_count == 4  # of the other parts
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
