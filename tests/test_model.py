@@ -27,6 +27,7 @@ SYSTEMS = {
     "Mask DINO": {"di": False, "bato": False},
 }
 PREDICTIONS = {"pred_logits", "pred_boxes", "pred_masks"}
+FACTORS = {"mask_embeddings", "pixels"}  # of pred_masks, in training
 
 
 def small_model(**overrides):
@@ -51,7 +52,7 @@ def variant(request):
 def test_outputs_in_training(variant):
     model = small_model(**variant).train()
     outputs = model([torch.rand(3, 64, 50), torch.rand(3, 40, 64)], targets(2, 3))
-    expected = PREDICTIONS | {"selection", "aux_outputs", "interm_outputs", "dn_outputs"}
+    expected = PREDICTIONS | FACTORS | {"selection", "aux_outputs", "interm_outputs", "dn_outputs"}
     assert set(outputs) == expected | ({"di_outputs"} if variant["di"] else set())
     assert len(outputs["aux_outputs"]) == 3  # the decoder's input, layers 1 and 2
     first = 40 if variant["di"] else 20  # Mask DINO selects its queries at once
@@ -63,6 +64,8 @@ def test_outputs_in_training(variant):
         assert layer["pred_logits"].shape == (2, queries, 4)
         assert layer["pred_boxes"].shape == (2, queries, 4)
         assert layer["pred_masks"].shape == (2, queries, 16, 16)
+        product = torch.einsum("bqc,bchw->bqhw", layer["mask_embeddings"], layer["pixels"])
+        torch.testing.assert_close(product, layer["pred_masks"], rtol=1e-4, atol=1e-4)
         assert ((layer["pred_boxes"] >= 0) & (layer["pred_boxes"] <= 1)).all()
     for layer in outputs.get("di_outputs", []):
         assert layer["pred_logits"].shape == layer["pred_boxes"].shape == (2, 40, 4) and set(layer) < PREDICTIONS
@@ -92,7 +95,7 @@ def test_training_without_targets_equals_evaluation(variant):
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         training, evaluation = model.train()(images), model.eval()(images, all_layers=True)
-    assert set(training) == set(evaluation)
+    assert set(training) == set(evaluation) | FACTORS
     layers = ([outputs, *outputs["aux_outputs"]] for outputs in (training, evaluation))
     for ours, theirs in zip(*layers, strict=True):
         for name in PREDICTIONS:
