@@ -86,7 +86,9 @@ class ResNet(nn.Module):
         self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
         if frozen_batch_norm:
             fold_norms(self.body)
-        self.body.to(memory_format=torch.channels_last)
+        # On a CPU GroupNorm models, which are small, have a tenth shorter steps in the plain layout.
+        self.memory_format = torch.channels_last if frozen_batch_norm else torch.contiguous_format
+        self.body.to(memory_format=self.memory_format)
         self.channels = [stage[0].conv1.in_channels for stage in (self.body.layer2, self.body.layer3, self.body.layer4)]
         self.channels.append(self.body.fc.in_features)  # of C2, C3, C4, C5
         del self.body.fc
@@ -99,7 +101,7 @@ class ResNet(nn.Module):
     def forward(self, images):
         """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
         body = self.body
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images.contiguous(memory_format=self.memory_format)
         x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
         maps = []
         for stage in self.stages:

@@ -233,15 +233,15 @@ def choose_device(name):
 
 
 def keep_freed_memory(device):
-    """On a CPU, let glibc keep the large tensors' memory that a step frees, for the next step.
+    """On a CPU, let glibc keep the memory of tensors below 16 MB that a step frees, for the next step.
 
     As a default it goes back to the system, which clears it page by page when it is wanted again: a tenth of a step or
-    more. The peak of what the process holds was 7 % higher with it (benchmarks/README.md).
+    more. What is larger still goes back: kept, its room would fall to pieces, and the process would grow.
     """
     mallopt = getattr(ctypes.pythonapi, "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
     if mallopt:  # another C library may have none
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_MMAP_MAX, 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_MMAP_THRESHOLD, 2**24)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 

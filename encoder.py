@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from attention import FeedForward, MSDeformAttn, sine_position, sizes_of, xavier_matrices_
 
@@ -55,10 +54,8 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens, position, centres, level_shapes, level_sizes):
         """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
         x = tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
-        inner = lambda x: self.ffn.unnormed(self.norm(x))  # noqa: E731  (the widest activations: not worth their memory)
         keep = self.keep or not self.training
-        x = inner(x) if keep else recomputed(inner, x, use_reentrant=False, preserve_rng_state=False)
-        return self.ffn.norm(x)
+        return self.ffn(self.norm(x)) if keep else self.ffn.recomputed(self.norm, x)
 
 
 class Encoder(nn.Module):

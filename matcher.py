@@ -29,6 +29,24 @@ def sample_masks(masks, points):
     return ((values.unflatten(1, (2, 2, -1)) * weights[0][:, None]).sum(2) * weights[1]).sum(1)
 
 
+def sample_predictions(sets, points):
+    """Mask logits of sets of predictions at points (1, P, 2): yields (B, Q, P) of each, at least in float32.
+
+    Where the sets have the factors of their masks the pixel features are sampled, once for all sets that share them.
+    """
+
+    def sample(maps):  # image by image: grid_sample with the maps as channels would read places far apart
+        return torch.stack([sample_points(full_precision(x), points.expand(len(x), -1, -1)) for x in maps])
+
+    pixels = {id(s["pixels"]): s["pixels"] for s in sets if "pixels" in s}
+    pixels = {key: sample(maps) for key, maps in pixels.items()}  # (B, C, P)
+    for s in sets:
+        if "pixels" in s:
+            yield full_precision(s["mask_embeddings"]) @ pixels[id(s["pixels"])]
+        else:
+            yield sample(s["pred_masks"])
+
+
 def area(sides):
     """Width times height of (..., 2). (The backward pass of `prod` would read values back from a GPU.)"""
     return sides[..., 0] * sides[..., 1]
@@ -89,15 +107,12 @@ class HungarianMatcher(nn.Module):
         labels, wanted = (pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes"))
         cost = self.cost_class * class_cost(logits, labels) + self.cost_box * torch.cdist(boxes, wanted.to(boxes), p=1)
         cost = cost - self.cost_giou * pairwise_giou(boxes, wanted.to(boxes))
-        masked = [s["pred_masks"] for s in sets if "pred_masks" in s]
+        masked = [s for s in sets if "pred_masks" in s]
         if masked and labels.shape[1]:
             points = 2 * torch.rand(1, self.num_points, 2, dtype=cost.dtype, device=cost.device) - 1
             sampled = sample_masks([t["masks"] for t in targets], points).split([len(t["labels"]) for t in targets])
             sampled = pad_sequence(sampled, batch_first=True)
-            # Image by image: grid_sample with the queries as channels would read places far apart.
-            parts = [(maps, points.expand(maps.shape[1], -1, -1)) for maps in masked]
-            logits = (torch.stack([sample_points(full_precision(x), at) for x in maps]) for maps, at in parts)
-            bce, dice = mask_costs(logits, sampled)
+            bce, dice = mask_costs(sample_predictions(masked, points), sampled)
             cost[:, -bce.shape[1] :] += self.cost_mask * bce + self.cost_dice * dice
         return cost
 

@@ -48,20 +48,28 @@ def random_outputs(batch_size, height, width, config, n, device, dtype):
     """
     generator, leaves = torch.Generator().manual_seed(0), []
 
-    def predictions(queries, masks=True):
-        shapes = {"pred_logits": [config.num_classes], "pred_boxes": [4], "pred_masks": [height // 4, width // 4]}
-        found = {name: torch.rand(batch_size, queries, *shape, generator=generator) for name, shape in shapes.items()}
-        found = {name: x.to(device, torch.float32 if name == "pred_boxes" else dtype) for name, x in found.items()}
-        found = {name: x.requires_grad_() for name, x in found.items() if masks or name != "pred_masks"}
-        leaves.extend(found.values())
+    def leaf(*shape, dtype=dtype):
+        leaves.append(torch.rand(batch_size, *shape, generator=generator).to(device, dtype).requires_grad_())
+        return leaves[-1]
+
+    def predictions(queries, pixels=None):
+        found = {"pred_logits": leaf(queries, config.num_classes), "pred_boxes": leaf(queries, 4, dtype=torch.float32)}
+        if pixels is not None:
+            embeddings = leaf(queries, config.hidden_dim) - 0.5
+            masks = torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
+            found |= {"pred_masks": masks, "mask_embeddings": embeddings, "pixels": pixels}
         return found
 
+    def part(layer, queries):
+        return {name: x if name == "pixels" else x[:, queries] for name, x in layer.items()}
+
     first, queries, groups = config.selections[0], config.selections[-1], config.denoising_queries // n
-    layers = [predictions(groups * n + queries) for _ in range(config.decoder_layers + 1)]
-    matching = [{name: x[:, groups * n :] for name, x in layer.items()} for layer in layers]
-    denoised = [{name: x[:, : groups * n] for name, x in layer.items()} for layer in layers]
-    outputs = matching[-1] | {"aux_outputs": matching[:-1], "interm_outputs": predictions(first)}
-    outputs["di_outputs"] = [predictions(first, masks=False) for _ in range(config.interaction_layers)]
+    before, after = (leaf(config.hidden_dim, height // 4, width // 4) - 0.5 for _ in range(2))  # F and F'
+    pixels = [before, before] + [after] * (config.decoder_layers - 1)
+    layers = [predictions(groups * n + queries, features) for features in pixels]
+    matching, denoised = ([part(x, some) for x in layers] for some in (slice(groups * n, None), slice(groups * n)))
+    outputs = matching[-1] | {"aux_outputs": matching[:-1], "interm_outputs": predictions(first, before)}
+    outputs["di_outputs"] = [predictions(first) for _ in range(config.interaction_layers)]
     if groups:
         outputs["dn_outputs"] = denoised[-1] | {"aux_outputs": denoised[:-1], "num_groups": groups}
     return outputs, leaves
@@ -77,7 +85,8 @@ def prepare(args):
             terms = criterion(outputs, targets)
             loss = sum(criterion.weights[name] * term for name, term in terms.items())
         if backward:
-            torch.autograd.grad(loss, leaves)  # `backward` would add to the gradients of the last run
+            # `backward` would add to the gradients of the last run. The products that are the masks stay for the next.
+            torch.autograd.grad(loss, leaves, retain_graph=True)
         assert loss.isfinite()  # waits for the GPU
 
     passes = {}

@@ -171,13 +171,14 @@ def test_mask_terms_are_those_of_the_matched_pairs(monkeypatch):
             assert term.item() == pytest.approx(6 if "mask" in name else 2)
     ((logits, given, index, num_points),) = calls
     assert given is targets and num_points == CONFIG.loss_points
-    assert [len(maps) for maps in logits] == [4] * 4 + [8] * 3  # the interaction layers have no masks
+    (logits,) = logits
+    assert len(logits) == 4 * 4 + 8 * 3  # the interaction layers have no masks
     pairs = [sorted(best_pairs(outputs, target, b)) for b, target in enumerate(targets)]
-    assert torch.equal(logits[0], torch.stack([outputs["pred_masks"][b, q] for b in range(2) for q, _ in pairs[b]]))
+    assert torch.equal(logits[:4], torch.stack([outputs["pred_masks"][b, q] for b in range(2) for q, _ in pairs[b]]))
     assert index[:4].tolist() == [n + (0, 3)[b] for b in range(2) for _, n in pairs[b]]
     assert index[-8:].tolist() == [0, 1, 2, 0, 1, 2, 3, 3]  # query g * 3 + i is the i-th instance in group g
     queries = outputs["dn_outputs"]["aux_outputs"][-1]["pred_masks"]
-    assert torch.equal(logits[-1], torch.cat([queries[0], queries[1, [0, 3]]]))
+    assert torch.equal(logits[-8:], torch.cat([queries[0], queries[1, [0, 3]]]))
 
 
 @pytest.fixture

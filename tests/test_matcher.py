@@ -180,6 +180,22 @@ def test_several_sets_are_matched_as_each_alone(counts, monkeypatch):
     torch.testing.assert_close(matcher.cost(sets, targets), costs)
 
 
+def test_masks_from_their_factors_cost_the_same(monkeypatch):
+    """Of three sets, two of which share the pixel features; and a fourth that has its masks alone."""
+    sets, targets, points = [], problem(1, [3, 1])[1], torch.rand(1, 200, 2, dtype=torch.float64)
+    some, other = torch.randn(2, 2, 8, 4, 4, dtype=torch.float64)
+    for Q, pixels in ((9, some), (5, other), (7, some)):
+        embeddings = torch.randn(2, Q, 8, dtype=torch.float64)
+        masks = torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
+        factors = {"mask_embeddings": embeddings, "pixels": pixels}
+        sets.append(problem(Q, [3, 1], seed=Q)[0] | {"pred_masks": masks} | factors)
+    sets.append(problem(6, [3, 1])[0])
+    without = [{name: x for name, x in s.items() if "pred" in name} for s in sets]
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
+    matcher = HungarianMatcher(CONFIG)
+    torch.testing.assert_close(matcher.cost(sets, targets), matcher.cost(without, targets), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_costs_that_are_not_finite_count_as_very_large(value):
     outputs, targets = problem(6, [3])
