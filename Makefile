@@ -17,7 +17,7 @@ setup: .venv/op
 	touch $@
 
 demo: setup
-	$(BIN)/python train.py --output runs/demo --epochs 16 --eval-every 4 --resume
+	$(BIN)/python train.py --output runs/demo --epochs 18 --eval-every 6 --lr 0.002 --milestones 2000 2180 --workers 0 --resume
 	$(BIN)/python eval.py --checkpoint runs/demo/checkpoint.pt --per-layer --output runs/demo/eval.json
 	$(BIN)/python predict.py --checkpoint runs/demo/checkpoint.pt --output runs/demo/predictions runs/shapes/images/val2017
 
