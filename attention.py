@@ -298,11 +298,13 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.norm(self.unnormed(x))
 
-    def recomputed(self, norm, x):
-        """self(norm(x)), whose inner activations, the widest of all, the backward pass computes once more.
+    def after_norm(self, norm, x):
+        """self(norm(x)). In training the backward pass computes the inner activations, the widest of all, once more.
 
         On a CPU some tokens at a time, for which 8 MB suffice: large blocks of memory come slowly from the system.
         """
+        if not self.training:
+            return self(norm(x))
         rows = x.flatten(0, -2)
         pieces = rows.split(max(1, 2**21 // self.linear1.out_features)) if x.device.type == "cpu" else [rows]
         inner = lambda x: self.unnormed(norm(x))  # noqa: E731

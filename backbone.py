@@ -86,7 +86,7 @@ class ResNet(nn.Module):
         self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
         if frozen_batch_norm:
             fold_norms(self.body)
-        # On a CPU GroupNorm models, which are small, have a tenth shorter steps in the plain layout.
+        # With GroupNorm a step on a CPU is a tenth shorter in the plain layout for images of 64 pixels, else no longer.
         self.memory_format = torch.channels_last if frozen_batch_norm else torch.contiguous_format
         self.body.to(memory_format=self.memory_format)
         self.channels = [stage[0].conv1.in_channels for stage in (self.body.layer2, self.body.layer3, self.body.layer4)]

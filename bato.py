@@ -41,8 +41,7 @@ class BATO(nn.Module):
 
         position = torch.cat([sine_position(*shape, t_i.shape[-1], self.norm.weight) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
-        x = t_i + attended
-        t_bal = self.ffn.recomputed(self.norm, x) if self.training else self.ffn(self.norm(x))  # Eq. 8
+        t_bal = self.ffn.after_norm(self.norm, t_i + attended)  # Eq. 8
 
         finest = tokens_to_map(t_bal, level_shapes, -1)  # C3's part
         finest = F.interpolate(finest, size=pixels.shape[-2:], mode="bilinear", align_corners=False)

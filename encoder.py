@@ -54,7 +54,7 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens, position, centres, level_shapes, level_sizes):
         """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
         x = tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
-        return self.ffn.recomputed(self.norm, x) if self.training and not self.keep else self.ffn(self.norm(x))
+        return self.ffn(self.norm(x)) if self.keep else self.ffn.after_norm(self.norm, x)
 
 
 class Encoder(nn.Module):

@@ -455,7 +455,7 @@ def disagree(rank):
 
 @pytest.mark.skipif(not hasattr(ctypes.pythonapi, "mallopt"), reason="the C library is not glibc")
 def test_freed_memory_is_kept():
-    """16 tensors of 12 MB, made ten times, take new pages from the system each time, afterwards twice at most."""
+    """16 tensors of 12 MB, made ten times, take new pages from the system each time, and afterwards no more."""
     code = """if True:
         import resource, torch, cli
 
@@ -473,7 +473,7 @@ def test_freed_memory_is_kept():
     environment.pop("GLIBC_TUNABLES", None)
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     before, after = map(int, run.stdout.split())
-    assert after < before / 4
+    assert after < before / 20
 
 
 def test_processes_agree(tmp_path):
