@@ -17,10 +17,9 @@ def smallest(x, k):
     """Indices (N, k) int32, in any order, of the k smallest values in every row of x (N, P), k < P."""
     if x.device.type != "cpu":
         return x.topk(k, dim=1, largest=False, sorted=False).indices.int()
-    indices = np.empty((len(x), k), np.int32)  # numpy is four times as fast
-    for row, found in zip(x.numpy(), indices, strict=True):
-        found[:] = np.argpartition(row, k)[:k]
-    return torch.from_numpy(indices)
+    # numpy is four times as fast as torch, with few rows at a time: its indices are int64, and of all values.
+    parts = np.array_split(x.numpy(), max(1, x.numel() // 2**18))
+    return torch.from_numpy(np.concatenate([part.argpartition(k, axis=1)[:, :k].astype(np.int32) for part in parts]))
 
 
 def most_uncertain(maps, points, index, k):
