@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import (
     ShiftedWindowAttention,
     SwinTransformer,
@@ -42,7 +41,7 @@ def build_backbone(name, frozen_batch_norm=True):
     try:
         return Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
     except (ValueError, TypeError, AttributeError):  # torchvision has no such model, or it is no ResNet
-        names = f"resnet10, resnet50 or another ResNet of torchvision.models, or one of {', '.join(SWINS)}"
+        names = f"resnet18, resnet50 or another ResNet of torchvision.models, or one of {', '.join(SWINS)}"
         raise InputError(f"backbone {name!r}: choose {names}") from None
 
 
@@ -77,17 +76,14 @@ def identity(x):
 class ResNet(nn.Module):
     """A torchvision ResNet without its classifier; parameters keep torchvision's names below `body`.
 
-    name                a constructor in torchvision.models, e.g. "resnet50", or "resnet10", of one block a stage
+    name                a constructor in torchvision.models, e.g. "resnet50"
     frozen_batch_norm   True: batch norm with fixed statistics and gains (pretrained weights); False: GroupNorm
     """
 
     def __init__(self, name, frozen_batch_norm=True):
         super().__init__()
         norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
-        if name == "resnet10":
-            self.body = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-        else:
-            self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
         if frozen_batch_norm:
             fold_norms(self.body)
         # With GroupNorm a step on a CPU is a tenth shorter in the plain layout for images of 64 pixels, else no longer.

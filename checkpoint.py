@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbone import find_weights, load_backbone_weights, mismatches, open_weights
+from backbone import SWINS, find_weights, load_backbone_weights, mismatches, open_weights
 from config import Config, InputError
 from model import DIMaskDINO
 
@@ -200,9 +200,9 @@ def load_starting_point(model, args, classes):
     name, source = model.config.backbone, args.backbone_weights
     if source == "none" or (source is None and not model.config.frozen_batch_norm):
         return ["the backbone starts from random weights"]
-    if source is None and name not in torchvision.models.list_models():
+    if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
         raise InputError(
-            f"--backbone-weights is needed for {name}: give a file, for swin_l_384 Microsoft's "
+            f"--backbone-weights is needed for {name}: give Microsoft's file, for swin_l_384 "
             "swin_large_patch4_window12_384_22k.pth, or none to start from random weights"
         )
     try:

@@ -23,7 +23,7 @@ class Config:
     """
 
     num_classes: int = setting(80, "classes; training takes those of the data set")
-    backbone: str = setting("resnet50", "resnet10, a ResNet of torchvision.models, or one of backbone.SWINS")
+    backbone: str = setting("resnet50", "a ResNet of torchvision.models, or one of backbone.SWINS")
     frozen_batch_norm: bool = setting(True, "batch norm with fixed statistics; without: GroupNorm, trains from scratch")
     hidden_dim: int = setting(256, "C, channels of tokens and queries")
     num_heads: int = setting(8, "attention heads")

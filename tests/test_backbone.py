@@ -175,13 +175,6 @@ def test_boxes_from_masks(box_init, further, empty):
     torch.testing.assert_close(boxes_from_masks(logits, box_init), expected, rtol=0, atol=1e-15)
 
 
-def test_resnet10_has_one_block_a_stage():
-    model = build_backbone("resnet10", frozen_batch_norm=False)
-    assert [len(stage) for stage in model.stages] == [1, 1, 1, 1] and model.channels == [64, 128, 256, 512]
-    maps = model(torch.rand(2, 3, 64, 96))
-    assert [m.shape for m in maps] == [(2, 64 * n, 16 // n, 24 // n) for n in (1, 2, 4, 8)]
-
-
 # Gradient checkpointing
 
 

@@ -230,7 +230,7 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "start from nothing": ("train coco", ["--init", "DIR/none.pt"], "none.pt: no such checkpoint"),
     "backbone from nothing": ("train coco", ["--backbone-weights", "DIR/swin.pth"], "swin.pth"),
     "output in a file": ("train coco", ["--output", "DIR/coco.pt/out"], "coco.pt"),
-    "unknown backbone": ("train coco", ["--backbone", "mobilenet_v2"], "backbone 'mobilenet_v2': choose resnet10, "),
+    "unknown backbone": ("train coco", ["--backbone", "mobilenet_v2"], "backbone 'mobilenet_v2': choose resnet18, "),
 }  # fmt: skip
 if not torch.cuda.is_available():
     FLAGS["no GPU"] = ("eval coco", ["--device", "cuda"], "--device cuda: no usable CUDA GPU")
