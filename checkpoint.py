@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbone import SWINS, find_weights, load_backbone_weights, mismatches, open_weights
+from backbone import SWINS
 from config import Config, InputError
 from model import DIMaskDINO
+from weights import find_weights, load_backbone_weights, mismatches, open_weights
 
 # Settings that decide which parameters there are, by the beginning of the parameters' names.
 SETTINGS_OF = {

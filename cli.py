@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import warnings
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from backbone import Swin
-from bdd100k import bdd100k_paths, read_bdd100k
-from coco import coco_paths, read_annotations
 from config import InputError
 from data import CocoInstances
-from images import DataError
+from distributed import warn
+from formats.bdd100k import bdd100k_paths, read_bdd100k
+from formats.coco import coco_paths, read_annotations
+from formats.images import DataError
 from shapes import make_shapes
 
 
@@ -243,114 +243,6 @@ def keep_freed_memory(device):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         mallopt(M_MMAP_THRESHOLD, 2**24)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def join_processes(name):
-    """This process's device for --device `name`, its rank, its rank on its node, and the number of processes.
-
-    torchrun says which in RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process. Raises InputError.
-    """
-    device = choose_device(name)
-    rank, world, local_rank = (environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world is None or world == 1:
-        return device, 0, 0, 1
-    if rank is None or not 0 <= rank < world:
-        raise InputError(f"RANK is {rank} of WORLD_SIZE {world} processes; start them with torchrun")
-    if device.type == "cuda":
-        there = torch.cuda.device_count()
-        if local_rank is None and there > 1:
-            raise InputError(
-                f"LOCAL_RANK, which of the {there} GPUs is this process's, is not set; start with torchrun"
-            )
-        if not 0 <= (local_rank or 0) < there:
-            raise InputError(f"LOCAL_RANK is {local_rank}, this node has {there} GPU(s); lower --nproc_per_node")
-        device = torch.device("cuda", local_rank or 0)
-        torch.cuda.set_device(device)
-    try:
-        # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host. The timeout is
-        # for those that wait for an evaluation: at COCO's size pycocotools alone needs minutes for every layer.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise InputError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
-    if rank > 0:
-        warnings.simplefilter("ignore")  # the first process gives them
-    return device, rank, local_rank or 0, world
-
-
-def environment(name):
-    """The number in an environment variable, None where it is not set. Raises InputError."""
-    try:
-        return int(os.environ[name]) if name in os.environ else None
-    except ValueError:
-        raise InputError(f"{name} is {os.environ[name]!r} and not a number; start with torchrun") from None
-
-
-def process_rank():
-    """The rank of this process, 0 where there is but one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def gather(value):
-    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    try:
-        dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise InputError(f"another process than {dist.get_rank()} has ended or is out of reach ({reason})") from None
-    return values
-
-
-def together(function):
-    """What `function()` returns; where it raises InputError, DataError or OSError in any process, all of them end.
-
-    The first of these processes says why, the others nothing.
-    """
-    result, error = None, None
-    try:
-        result = function()
-    except (InputError, DataError, OSError) as found:
-        error = found
-    failed = [rank for rank, bad in enumerate(gather(error is not None)) if bad]
-    if not failed:
-        return result
-    if process_rank() == failed[0]:
-        raise error
-    sys.exit(1)
-
-
-def require_same(**settings):
-    """Raise InputError unless all processes have the same settings; prints a line on each that differs."""
-    everywhere = gather(settings)
-    differing = [name for name in settings if any(found[name] != everywhere[0][name] for found in everywhere)]
-    for name in differing:
-        others = {}
-        for rank, found in enumerate(everywhere):
-            others.setdefault(str(found[name]), []).append(str(rank))
-        warn(f"{name}: " + ", ".join(f"{value} in process {' '.join(ranks)}" for value, ranks in others.items()))
-    if differing and process_rank() > 0:
-        sys.exit(1)
-    if differing:
-        raise InputError(
-            f"the processes differ in {', '.join(differing)}; start all with the same flags and, to resume, with the "
-            "same checkpoint.pt in --output on every node"
-        )
-
-
-def say(line):
-    """Print a line, in the process of rank 0 alone."""
-    if process_rank() == 0:
-        print(line, flush=True)
-
-
-def warn(line):
-    """Print a warning on stderr, in the process of rank 0 alone."""
-    if process_rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: warning: {line}", file=sys.stderr, flush=True)
 
 
 def percent(value):

@@ -13,11 +13,12 @@ from typing import get_args
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from backbone import RESNET_NAMES, SWIN_NAMES, SWINS, mismatches, read_weights, renamed, shortened
-from bdd100k import BDD100K_CLASSES
+from backbone import SWINS
 from checkpoint import read_checkpoint, save_checkpoint
 from config import PRESETS, Config, InputError
+from formats.bdd100k import BDD100K_CLASSES
 from model import DIMaskDINO
+from weights import RESNET_NAMES, SWIN_NAMES, mismatches, read_weights, renamed, shortened
 
 # Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
 ENCODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
-from coco import read_annotations
-from images import DataError, read_image
+from formats.coco import read_annotations
+from formats.images import DataError, read_image
 
 
 class CocoInstances(Dataset):

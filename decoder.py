@@ -5,7 +5,15 @@ import math
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, MSDeformAttn, in_full_precision, inverse_sigmoid, sine_box, xavier_matrices_
+from attention import (
+    MLP,
+    FeedForward,
+    MSDeformAttn,
+    in_full_precision,
+    inverse_sigmoid,
+    sine_box,
+    xavier_matrices_,
+)
 from di import Queries
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as mask_utils
 
-from images import DECODER_ERRORS
+from formats.images import DECODER_ERRORS
 
 FILL = 70  # opacity of a mask's inside, of 255: what is below stays visible
 MARK = "DI-MaskDINO drawing.py"  # in every PNG, so that no other is overwritten

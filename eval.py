@@ -21,7 +21,6 @@ from cli import (
     add_precision_argument,
     choose_device,
     compile_layers,
-    gather,
     open_split,
     percent,
     positive,
@@ -29,12 +28,14 @@ from cli import (
     use_precision,
     write_whole,
 )
-from coco import coco_results, encode_masks, match_classes
 from config import InputError
 from data import collate
+from detections import postprocess
+from distributed import gather
 from drawing import save_classes, save_layers
-from images import DataError
-from model import PREDICTIONS, postprocess
+from formats.coco import coco_results, encode_masks, match_classes
+from formats.images import DataError
+from model import PREDICTIONS
 
 
 def average_precision(coco, results, image_ids, max_detections=100):

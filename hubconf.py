@@ -14,23 +14,26 @@ dependencies = ["torch", "torchvision", "numpy", "pycocotools", "scipy", "PIL", 
 def _import(*names):
     """Modules of this folder. The calling program may have its own `data` or `model`: what `import` finds under these
     names stays the same, and so do the modules of this folder when it is loaded again."""
-    ours = {path.stem for path in _HERE.glob("*.py")} - {"hubconf", "setup"}
+    roots = {path.stem for path in _HERE.glob("*.py")} - {"hubconf", "setup"} | {"formats"}
     path = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != _HERE]
-    theirs = {name: sys.modules.pop(name) for name in ours & sys.modules.keys() if not _is_ours(sys.modules[name])}
-    shared = theirs.keys() | {name for name in ours if _is_module(importlib.machinery.PathFinder.find_spec(name, path))}
-    sys.modules.update({name: sys.modules[_ALIAS + name] for name in ours if _ALIAS + name in sys.modules})
+    named = lambda: [name for name in sys.modules if name.split(".")[0] in roots]  # noqa: E731
+    theirs = {name: sys.modules.pop(name) for name in named() if not _is_ours(sys.modules[name])}
+    shared = {name.split(".")[0] for name in theirs}
+    shared |= {name for name in roots if _is_module(importlib.machinery.PathFinder.find_spec(name, path))}
+    sys.modules.update({name.removeprefix(_ALIAS): sys.modules[name] for name in sys.modules if _ALIAS in name})
     sys.path.insert(0, str(_HERE))
     try:
         return [importlib.import_module(name) for name in names]
     finally:
         sys.path.remove(str(_HERE))
-        for name in shared & sys.modules.keys():
-            sys.modules[_ALIAS + name] = sys.modules.pop(name)
+        for name in named():
+            if name.split(".")[0] in shared:
+                sys.modules[_ALIAS + name] = sys.modules.pop(name)
         sys.modules.update(theirs)
 
 
 def _is_ours(module):
-    return pathlib.Path(getattr(module, "__file__", None) or "/").resolve().parent == _HERE
+    return _HERE in pathlib.Path(getattr(module, "__file__", None) or "/").resolve().parents
 
 
 def _is_module(spec):
@@ -38,7 +41,7 @@ def _is_module(spec):
 
 
 _checkpoint, _cli, _config, _coco, _images, _model, _predict = _import(
-    "checkpoint", "cli", "config", "coco", "images", "model", "predict"
+    "checkpoint", "cli", "config", "formats.coco", "formats.images", "model", "predict"
 )
 
 

@@ -1,6 +1,5 @@
-"""DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: the model, and its detections."""
+"""DI-MaskDINO (Fig. 2 of the paper) and Mask DINO: the model."""
 
-import math
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -10,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import box_convert
 
-from attention import full_precision, in_full_precision
+from attention import in_full_precision
 from backbone import build_backbone
 from bato import BATO
-from config import PRESETS, InputError
+from config import PRESETS
 from decoder import Decoder, PredictionHeads
 from denoising import Denoising
 from di import DeImbalance, Queries
@@ -24,7 +22,6 @@ from encoder import Encoder
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks")  # of every layer and selection
-MASK_PIXELS = 2**24  # of masks that `postprocess` holds as floats at a time: 64 MB
 
 
 def build_model(preset="dimaskdino_r50", **overrides):
@@ -152,69 +149,3 @@ def check_images(images):
             low, high = (x.item() for x in image.aminmax())
             if low < -0.5 or high > 1.5:  # resizing may overshoot a little
                 raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}; {expected} (bytes: divide by 255)")
-
-
-def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.0, encode=None):
-    """Detections of the last layer, at most `topk` per image, best first.
-
-    image_sizes      (H, W) of every image before padding, as the model saw it
-    output_sizes     (H, W) that boxes and masks are wanted in
-    score_threshold  0 to 1; detections with a lower score are left out
-    encode           what to keep of the masks, for large images, where a hundred fill a gigabyte: a function of a few
-                     masks (n, H, W) bool that returns a list of n, e.g. `coco.encode_masks`
-
-    Returns per image {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in output pixels, not clipped, masks (k, H, W)
-    bool or, with `encode`, a list}. A score is the class score times the mean mask probability inside the mask.
-    Raises InputError where a prediction is NaN or infinite.
-    """
-    finite = outputs["pred_logits"].isfinite().all()
-    scores = full_precision(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
-    scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
-    num_classes = outputs["pred_logits"].shape[-1]
-    padded_height, padded_width = (4 * n for n in outputs["pred_masks"].shape[-2:])
-    detections = []
-    for b, (size, output_size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
-        likely = ~(scores[b] < score_threshold)  # the mask's factor is at most 1; NaN stays, to be found below
-        class_scores, picks = scores[b, likely], picked[b, likely]
-        query, labels = picks // num_classes, picks % num_classes
-        boxes = box_convert(outputs["pred_boxes"][b, query], "cxcywh", "xyxy")
-        boxes = boxes * boxes.new_tensor((padded_width * output_size[1] / size[1],
-                                          padded_height * output_size[0] / size[0]) * 2)  # fmt: skip
-        final, masks = class_scores.clone(), []
-        for some, inside, quality in full_masks(outputs["pred_masks"][b], query, size, output_size):
-            final[some] *= quality
-            inside = inside[final[some] >= score_threshold]
-            masks += encode(inside) if encode else [inside]
-        if not (finite and final.isfinite().all() and boxes.isfinite().all()):
-            raise InputError("the model predicts NaN or infinity; its weights are damaged or its precision is too low")
-        kept = final >= score_threshold
-        final, order = final[kept].sort(descending=True, stable=True)
-        if encode:
-            masks = [masks[i] for i in order.tolist()]
-        else:
-            masks = torch.cat(masks or [kept.new_zeros(0, *output_size)])[order]
-        labels, boxes = labels[kept][order], boxes[kept][order]
-        detections.append({"scores": final, "labels": labels, "boxes": boxes, "masks": masks})
-    return detections
-
-
-def full_masks(logits, query, size, output_size):
-    """Masks at full size, a few at a time: yields (their places in `query`, masks (n, H, W) bool, quality (n,)).
-
-    logits (Q, H/4, W/4) of one image, query (k,) indices; size and output_size: (H, W) before padding and wanted. The
-    quality is the mean probability inside the mask, 0 where it is empty.
-    """
-    padded = [4 * n for n in logits.shape[-2:]]
-    pixels = max(math.prod(padded), math.prod(output_size))
-    # Two or more at a time where there are two: the sum over one alone is of another order, and its last bits differ.
-    count = max(1, min(len(query) // 2, math.ceil(len(query) * pixels / MASK_PIXELS)))
-    for some in torch.arange(len(query), device=query.device).tensor_split(count) if len(query) else ():
-        masks = full_precision(logits[query[some]][:, None])  # (n, 1, H/4, W/4)
-        masks = F.interpolate(masks, padded, mode="bilinear", align_corners=False)
-        masks = masks[..., : size[0], : size[1]]
-        masks = F.interpolate(masks, output_size, mode="bilinear", align_corners=False)[:, 0]
-        inside = masks > 0
-        total = masks.sigmoid_().mul_(inside).sum((1, 2))
-        # The area, exactly: no row has more ones than float32 can count. A sum of `inside` would copy it as int64.
-        area = masks.copy_(inside).sum(2).to(torch.int64).sum(1)
-        yield some, inside, total / (area.to(masks) + 1e-6)

@@ -25,12 +25,12 @@ from cli import (
     use_precision,
     write_whole,
 )
-from coco import coco_results, encode_masks
 from config import InputError
 from data import eval_transform
+from detections import postprocess
 from drawing import draw_instances, is_drawing, save_png, side_by_side
-from images import DECODER_ERRORS, DataError, read_image
-from model import postprocess
+from formats.coco import coco_results, encode_masks
+from formats.images import DECODER_ERRORS, DataError, read_image
 
 # Suffixes of what PIL decodes by itself; the formats named are those that it only recognises.
 EXTENSIONS = {

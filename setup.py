@@ -1,4 +1,4 @@
-"""Builds the compiled deformable attention of csrc/ beside attention.py: `python setup.py build_ext --inplace`.
+"""Builds the compiled deformable attention of csrc/ beside ops.py: `python setup.py build_ext --inplace`.
 
 Works from any directory, with setuptools 65 or newer. The CPU op is always built, the CUDA op where torch has CUDA and
 there is an nvcc, for the architectures of TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 7.5 (CUDA 12: 7.0)
@@ -106,7 +106,7 @@ class BuildOps(cpp_extension.BuildExtension):
         self.extensions = extensions
 
     def get_ext_filename(self, name):
-        """attention.py loads a library only if its name tells the torch it was built for; it depends on no Python."""
+        """ops.py loads a library only if its name tells the torch it was built for; it depends on no Python."""
         return f"{name}.torch-{torch.__version__}.so"
 
 

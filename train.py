@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
-from coco import check_sizes, match_classes
+import distributed
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import seed_of, to_device, train_batches
+from detections import postprocess
 from drawing import draw_instances, save_png
 from eval import evaluate
+from formats.coco import check_sizes, match_classes
 from losses import SetCriterion
-from model import DIMaskDINO, postprocess
+from model import DIMaskDINO
 
 WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
 LOG_EVERY = 20  # iterations
@@ -136,7 +138,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     whether any process is `stopping`.
     """
     counts = [len(target["labels"]) for _, targets in batches for target in targets]
-    everywhere = cli.gather((sum(counts), stopping))
+    everywhere = distributed.gather((sum(counts), stopping))
     num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
@@ -191,7 +193,7 @@ class Trainer:
 
         resumed = checkpoint.newest_checkpoint(self.output) if args.resume else None
         if args.resume and not resumed:
-            cli.say(f"nothing to resume in {self.output}: starting anew")
+            distributed.say(f"nothing to resume in {self.output}: starting anew")
         elif not args.resume and (self.output / "checkpoint.pt").exists():
             raise InputError(f"{self.output}: holds checkpoint.pt; go on with --resume or choose another --output")
         torch.manual_seed(args.seed)
@@ -224,7 +226,7 @@ class Trainer:
             entries = checkpoint.read_log(self.output / "log.jsonl", self.iteration) if rank == 0 else []
             self.evaluations = [entry for entry in entries if "box" in entry]
         for line in lines:
-            cli.say(line)
+            distributed.say(line)
         self.stop = self.schedule.iterations
         if args.max_iterations is not None:
             self.stop = min(self.stop, args.max_iterations)
@@ -255,7 +257,7 @@ class Trainer:
         """Print in three lines what is going to be done, and warn of what is probably not meant."""
         schedule, stop, images = self.schedule, self.stop, len(self.train_set)
         evaluated = f"{len(self.val_set)} images to evaluate on" if self.val_set else "no evaluation"
-        cli.say(
+        distributed.say(
             f"{images} images of {len(self.train_set.classes)} classes to train on, {evaluated}\n"
             f"{stop} iterations, {stop * schedule.step_size / images:.3g} epochs; warm-up: {schedule.warmup}; "
             f"learning rate {schedule.lr:.3g}, backbone {schedule.backbone_lr:.3g}; tenths from {schedule.milestones}\n"
@@ -263,7 +265,9 @@ class Trainer:
             f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output}"
         )
         if 2 * schedule.warmup >= stop:
-            cli.warn(f"the warm-up takes {schedule.warmup} of {stop} iterations: lower --warmup, or train longer")
+            distributed.warn(
+                f"the warm-up takes {schedule.warmup} of {stop} iterations: lower --warmup, or train longer"
+            )
         cli.warn_of_crowded_images(self.train_set, self.model.config)
 
     def epoch(self, iteration):
@@ -297,7 +301,8 @@ class Trainer:
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
         self.progress = tqdm(total=self.stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
         evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
-        due = self.ends_epoch(args.eval_every) and not cli.gather(evaluated)[0]  # it was interrupted in its evaluation
+        # Where it was interrupted in its evaluation.
+        due = self.ends_epoch(args.eval_every) and not distributed.gather(evaluated)[0]
         stopping = due and self.evaluate()
         while self.iteration < self.stop and not stopping:
             model.train()
@@ -333,7 +338,7 @@ class Trainer:
                 stopping = self.evaluate()
         self.progress.close()
         if stopping:
-            cli.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
+            distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 
     def check_finite(self, terms, norm, batches):
         """Raise InputError, before the step, if the loss or the gradient's norm is not finite in any process.
@@ -342,10 +347,10 @@ class Trainer:
         """
         overflows = self.scaler is not None and self.scaler.get_scale() >= 1
         finite = bool(terms["loss"].isfinite() & (norm.isfinite() | overflows))
-        if all(cli.gather(finite)):
+        if all(distributed.gather(finite)):
             return
         names = [name for name, term in terms.items() if not math.isfinite(term)]
-        found = cli.gather(([target["image_id"] for _, targets in batches for target in targets], names))
+        found = distributed.gather(([target["image_id"] for _, targets in batches for target in targets], names))
         image_ids = [image_id for ids, _ in found for image_id in ids]
         names = sorted({name for _, names in found for name in names if name != "loss"}) or ["the gradient"]
         self.save("nonfinite.pt")
@@ -393,7 +398,7 @@ class Trainer:
 
     def whole_window(self):
         """The window's sums as means over the processes, of which some may have no denoising terms; on the CPU."""
-        everywhere = cli.gather({name: value.cpu() for name, value in self.window.items()})
+        everywhere = distributed.gather({name: value.cpu() for name, value in self.window.items()})
         names = dict.fromkeys(name for window in everywhere for name in window)
         return {name: sum(window.get(name, 0) for window in everywhere) / self.world for name in names}
 
@@ -434,11 +439,11 @@ class Trainer:
 
 def main():
     args = parse_arguments()
-    device, rank, local_rank, world = cli.join_processes(args.device)
+    device, rank, local_rank, world = distributed.join_processes(cli.choose_device(args.device))
     cli.keep_freed_memory(device)
-    cli.together(lambda: local_rank == 0 and cli.generate_shapes(args))
-    trainer = cli.together(lambda: Trainer(args, device, rank, world))
-    cli.require_same(
+    distributed.together(lambda: local_rank == 0 and cli.generate_shapes(args))
+    trainer = distributed.together(lambda: Trainer(args, device, rank, world))
+    distributed.require_same(
         iteration=trainer.iteration, seconds=trainer.seconds, device=device.type, precision=str(trainer.autocast),
         **trainer.settings, **vars(trainer.schedule), **asdict(trainer.model.config),
     )  # fmt: skip

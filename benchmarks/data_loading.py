@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from coco import coco_paths
+from formats.coco import coco_paths
 
 AUGMENTATION = 1024, (0.1, 2.0)  # the published one
 COCO_ANNOTATIONS_PER_IMAGE = 860_001 / 118_287  # of train2017

@@ -15,7 +15,7 @@ if [ "$device" = cuda ]; then
 fi
 "$python" - "$device" <<'END_OF_CHECK'
 import sys
-from attention import WITHOUT_OP
+from ops import WITHOUT_OP
 if reason := WITHOUT_OP[sys.argv[1]]:
     sys.exit(f"benchmarks/gpu.sh: the compiled op for {sys.argv[1]} {reason}")
 END_OF_CHECK

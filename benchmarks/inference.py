@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import beside
-from model import PRESETS, build_model, postprocess
+from detections import postprocess
+from model import PRESETS, build_model
 
 OUTPUT = (480, 653)  # size of the image that boxes and masks are wanted in
 

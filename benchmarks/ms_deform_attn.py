@@ -8,7 +8,8 @@ from statistics import median
 
 import torch
 
-from attention import BUILD, WITHOUT_OP, MSDeformAttn, ms_deform_attn, ms_deform_attn_pytorch
+from attention import MSDeformAttn
+from ops import BUILD, WITHOUT_OP, ms_deform_attn, ms_deform_attn_pytorch
 
 LEVEL_SHAPES = [(100, 136), (50, 68), (25, 34), (13, 17)]  # an image of 800 x 1088 pixels: 18,071 tokens
 HEADS, CHANNELS, POINTS = 8, 32, 4

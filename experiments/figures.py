@@ -24,9 +24,9 @@ from checkpoint import load_model
 from cli import choose_device, positive, run_program
 from config import InputError
 from data import eval_transform
+from detections import postprocess
 from drawing import draw_instances, draw_layers
-from images import read_image
-from model import postprocess
+from formats.images import read_image
 
 LEVEL_COLOURS = {64: "#e6194b", 32: "#ffe119", 16: "#42d4f4", 8: "#3cb44b", 4: "#f032e6"}  # stride -> colour
 

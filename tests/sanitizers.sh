@@ -4,7 +4,7 @@ python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/tests"
-cp attention.py pyproject.toml "$folder"
+cp attention.py ops.py pyproject.toml "$folder"
 cp tests/conftest.py tests/test_attention.py "$folder/tests"
 version=$("$python" -c "import torch; print(torch.__version__)")
 torch=$("$python" -c "import torch; print(torch.__path__[0])")
@@ -22,7 +22,7 @@ run_tests() {  # pytest's expression
   export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   (
     cd "$folder"
-    LD_PRELOAD=$preload "$python" attention.py | grep "cpu: compiled op"  # or the tests would be skipped
+    LD_PRELOAD=$preload "$python" ops.py | grep "cpu: compiled op"  # or the tests would be skipped
     LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider tests/test_attention.py -k "$1"
   )
 }

@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import attention
-from attention import MSDeformAttn, ms_deform_attn, ms_deform_attn_pytorch, sine_box, sine_embedding, sine_position
+import ops
+from attention import MSDeformAttn, sine_box, sine_embedding, sine_position
+from ops import ms_deform_attn, ms_deform_attn_pytorch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,8 +23,8 @@ DEVICES = [
     pytest.param(
         device,
         marks=pytest.mark.skipif(
-            bool(attention.WITHOUT_OP[device]) or (device == "cuda" and not torch.cuda.is_available()),
-            reason=f"the compiled op for {device} {attention.WITHOUT_OP[device] or 'has no GPU to run on'}",
+            bool(ops.WITHOUT_OP[device]) or (device == "cuda" and not torch.cuda.is_available()),
+            reason=f"the compiled op for {device} {ops.WITHOUT_OP[device] or 'has no GPU to run on'}",
         ),
     )
     for device in ("cpu", "cuda")
@@ -365,7 +366,7 @@ TWO_SIZES = [
 DYNAMIC = [{0: torch.export.Dim("B"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}] * 2
 
 
-@pytest.mark.skipif(bool(attention.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
+@pytest.mark.skipif(bool(ops.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
 def test_sizes_may_be_symbolic():
     module, graphs = TwoLevels(), []
 
@@ -412,7 +413,7 @@ def test_flops_are_counted(device):
     assert counts == {"dimaskdino.ms_deform_attn": forward, "dimaskdino.ms_deform_attn_backward": 2 * forward}
 
 
-@pytest.mark.skipif(bool(attention.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
+@pytest.mark.skipif(bool(ops.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B, Q", [(1, 300), (3, 300), (1, 4)])
 def test_result_does_not_depend_on_the_number_of_threads(B, Q, dtype):
@@ -508,17 +509,18 @@ print(tuple(out.shape))
     ],
 )
 def test_status_says_why_the_op_is_not_used(library, reason, tmp_path):
-    shutil.copy(ROOT / "attention.py", tmp_path)
+    shutil.copy(ROOT / "ops.py", tmp_path)
     if library:
         (tmp_path / library).write_bytes(b"no library")
-    status = run("attention.py", cwd=tmp_path)
+    status = run("ops.py", cwd=tmp_path)
     assert status.returncode == 0 and status.stderr == ""
     assert "cpu: plain PyTorch" in status.stdout and reason in status.stdout
     assert f"{sys.executable} {tmp_path}/setup.py build_ext --inplace" in status.stdout
 
 
 def test_without_the_op_the_model_runs_and_one_line_says_so(tmp_path):
-    shutil.copy(ROOT / "attention.py", tmp_path)
+    for name in ("ops.py", "attention.py"):
+        shutil.copy(ROOT / name, tmp_path)
     process = run("-c", USE, cwd=tmp_path)
     assert process.returncode == 0 and process.stdout == "(1, 3, 16)\n"
     assert len(process.stderr.splitlines()) == 1
@@ -526,18 +528,18 @@ def test_without_the_op_the_model_runs_and_one_line_says_so(tmp_path):
 
 
 def test_a_gpu_that_the_library_has_no_code_for(monkeypatch, capsys):
-    monkeypatch.setitem(attention.WITHOUT_OP, "cuda", None)
+    monkeypatch.setitem(ops.WITHOUT_OP, "cuda", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, device.index))
-    monkeypatch.setattr(attention, "gpu_lacks_code", lambda index: index > 0)
-    monkeypatch.setattr(attention, "warned", set())
-    assert [attention.has_op(torch.device("cuda", index)) for index in (0, 1, 1)] == [True, False, False]
+    monkeypatch.setattr(ops, "gpu_lacks_code", lambda index: index > 0)
+    monkeypatch.setattr(ops, "warned", set())
+    assert [ops.has_op(torch.device("cuda", index)) for index in (0, 1, 1)] == [True, False, False]
     (line,) = capsys.readouterr().err.splitlines()
     assert "without code for this GPU (add 6.1 to TORCH_CUDA_ARCH_LIST)" in line and "in plain PyTorch" in line
 
 
-@pytest.mark.skipif(bool(attention.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
+@pytest.mark.skipif(bool(ops.WITHOUT_OP["cpu"]), reason="the compiled op is not built")
 def test_status_and_silence_with_the_op():
-    assert "cpu: compiled op" in run("attention.py", cwd=ROOT).stdout
+    assert "cpu: compiled op" in run("ops.py", cwd=ROOT).stdout
     process = run("-c", USE, cwd=ROOT)
     assert process.stdout == "(1, 3, 16)\n" and process.stderr == ""
 

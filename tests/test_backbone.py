@@ -15,11 +15,13 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import backbone
-from backbone import ResNet, Swin, build_backbone, load_backbone_weights
+from backbone import ResNet, Swin, build_backbone
 from convert import convert_state_dict
+from detections import postprocess
 from di import boxes_from_masks
-from model import build_model, postprocess
+from model import build_model
 from train import parameter_groups
+from weights import load_backbone_weights
 
 REDUCED = Path(__file__).resolve().parent / "golden"
 FULL = Path(__file__).resolve().parents[2] / "shared" / "golden"

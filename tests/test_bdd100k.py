@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from test_data import HEIGHT, WIDTH, average_precision_of_ground_truth
 
-from bdd100k import bdd100k_paths, read_bdd100k
 from cli import add_data_arguments, open_split
 from data import CocoInstances, collate
+from formats.bdd100k import bdd100k_paths, read_bdd100k
 
 CAR, TRUCK, TRUNCATED, OCCLUDED, CROWD, IGNORED = 3, 4, 8, 4, 2, 1
 

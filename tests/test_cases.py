@@ -10,9 +10,9 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from coco import check_sizes, match_classes, read_annotations
 from eval import average_precision
-from images import UPRIGHT, DataError, image_size, read_image
+from formats.coco import check_sizes, match_classes, read_annotations
+from formats.images import UPRIGHT, DataError, image_size, read_image
 
 WIDTH, HEIGHT = 64, 48
 NUT, BOLT = (8, 10, 20, 16), (36, 20, 16, 20)  # x, y, width, height: a red rectangle and a green one in every image

@@ -22,13 +22,14 @@ from PIL import Image
 from programs import NARROW, Process, group
 
 import cli
+import distributed
 import eval as evaluation
 import predict
 import shapes as generated
 import train
-from bdd100k import BDD100K_CLASSES
 from config import PRESETS, InputError
-from images import DataError
+from formats.bdd100k import BDD100K_CLASSES
+from formats.images import DataError
 from model import DIMaskDINO
 from shapes import make_shapes
 
@@ -420,7 +421,7 @@ def test_processes_that_are_not_told_who_they_are(environment, message, monkeypa
     for name, value in ({"WORLD_SIZE": "2"} | environment).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message) as error:
-        cli.join_processes("auto")
+        distributed.join_processes(cli.choose_device("auto"))
     assert "\n" not in str(error.value)
 
 
@@ -434,23 +435,23 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 def talk(rank):
     """One of three processes: they exchange values, agree on an error, and find out that one has gone."""
-    assert cli.join_processes("cpu")[1:] == (rank, rank, 3)
-    assert cli.gather(rank * 10) == [0, 10, 20] and cli.together(lambda: rank) == rank
-    cli.say(f"said by {rank}")
-    cli.require_same(lr=1.0)
+    assert distributed.join_processes(torch.device("cpu"))[1:] == (rank, rank, 3)
+    assert distributed.gather(rank * 10) == [0, 10, 20] and distributed.together(lambda: rank) == rank
+    distributed.say(f"said by {rank}")
+    distributed.require_same(lr=1.0)
     if rank == 2:
         return  # gone, without a word
-    cli.run_program(lambda: cli.gather(None))
+    cli.run_program(lambda: distributed.gather(None))
 
 
 def disagree(rank):
-    cli.join_processes("cpu")
+    distributed.join_processes(torch.device("cpu"))
 
     def step():
         if rank:
             raise DataError(f"file of {rank}: is missing")
 
-    cli.run_program(lambda: cli.together(step))
+    cli.run_program(lambda: distributed.together(step))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.pythonapi, "mallopt"), reason="the C library is not glibc")

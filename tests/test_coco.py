@@ -11,8 +11,8 @@ from annotations import HEIGHT, SQUARE, WIDTH, annotation, compressed_rle, datas
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from coco import check_sizes, coco_paths, match_classes, read_annotations
-from images import DataError
+from formats.coco import check_sizes, coco_paths, match_classes, read_annotations
+from formats.images import DataError
 
 TINY_COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny_coco"
 NAN, INFINITY = float("nan"), float("inf")

@@ -20,7 +20,8 @@ import cli
 import eval as evaluation
 import predict
 from config import PRESETS, InputError
-from model import DIMaskDINO, postprocess
+from detections import postprocess
+from model import DIMaskDINO
 
 CPU = torch.device("cpu")
 # As `tiny`, but with no more layers than there are kinds of.

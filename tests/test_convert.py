@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import convert
-from backbone import read_weights
 from checkpoint import load_model
 from config import PRESETS
 from convert import ConversionError, convert_state_dict, read_config, released_names, released_state_dict
 from model import DIMaskDINO
+from weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ["dimaskdino_r50", "maskdino_r50", "dimaskdino_swin_l", "maskdino_swin_l"]

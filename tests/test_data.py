@@ -14,10 +14,10 @@ from pycocotools import mask as mask_utils
 from scipy.ndimage import minimum_filter1d
 from torchvision.ops import masks_to_boxes
 
-from coco import coco_paths
 from data import CocoInstances, SeededDataset, augment, collate, draw_augmentation, eval_transform
 from eval import average_precision, coco_results
-from images import DataError, read_image
+from formats.coco import coco_paths
+from formats.images import DataError, read_image
 
 TESTS = Path(__file__).resolve().parent
 TINY_COCO = TESTS.parents[1] / "shared" / "data" / "tiny_coco"

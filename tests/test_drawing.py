@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from coco import encode_masks
 from drawing import class_colour, draw_instances, is_drawing, save_layers, save_png, side_by_side
+from formats.coco import encode_masks
 
 GREY = 90
 CLASSES = [f"kind {i}" for i in range(80)]

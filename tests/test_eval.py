@@ -20,9 +20,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import eval as evaluation
-from coco import coco_results, encode_masks
 from config import PRESETS, InputError
 from data import CocoInstances
+from formats.coco import coco_results, encode_masks
 from model import DIMaskDINO
 from shapes import make_shapes
 

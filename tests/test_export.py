@@ -15,8 +15,9 @@ import export
 from checkpoint import save_checkpoint
 from cli import run_program
 from config import PRESETS
+from detections import postprocess
 from export import Detector, dynamic_sizes, trace, write
-from model import DIMaskDINO, postprocess
+from model import DIMaskDINO
 
 SIZES = [(1, 96, 96), (2, 128, 96), (1, 160, 224)]
 # As `tiny`, but with no more layers than there are kinds of: tracing takes its time for every operation.

@@ -15,7 +15,7 @@ from config import InputError
 from data import eval_transform
 from di import candidate_boxes
 from experiments import figures
-from images import DataError
+from formats.images import DataError
 from model import build_model
 from predict import predict
 

@@ -16,14 +16,15 @@ import recipe
 import torch
 from reduce import project
 
-import attention
 import losses
+import ops
 from config import PRESETS
 from convert import convert_state_dict, released_names
+from detections import postprocess
 from di import candidate_boxes
 from losses import SetCriterion
 from matcher import HungarianMatcher
-from model import build_model, postprocess
+from model import build_model
 
 REDUCED = Path(__file__).resolve().parent / "golden"
 FULL = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -178,7 +179,7 @@ def test_detections(system, load):
 
 def test_detections_in_plain_pytorch(system, monkeypatch):
     """Without the compiled deformable attention."""
-    monkeypatch.setitem(attention.WITHOUT_OP, "cpu", "is switched off")
+    monkeypatch.setitem(ops.WITHOUT_OP, "cpu", "is switched off")
     with torch.no_grad():
         outputs = system.model.eval()(system.images)
     system.model.train()

@@ -12,7 +12,7 @@ from PIL import Image
 import predict
 from checkpoint import load_model
 from config import PRESETS
-from images import read_image
+from formats.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

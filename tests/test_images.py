@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images import DataError, read_image
+from formats.images import DataError, read_image
 
 
 def gradient(dtype, top):

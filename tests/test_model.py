@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from config import PRESETS
+from detections import postprocess
 from losses import SetCriterion
-from model import PIXEL_MEAN, PIXEL_STD, build_model, postprocess
+from model import PIXEL_MEAN, PIXEL_STD, build_model
 
 SMALL = {
     "num_classes": 4,

@@ -17,8 +17,8 @@ from pycocotools import mask as mask_utils
 import cli
 import predict
 from checkpoint import load_model
-from coco import encode_masks
-from images import read_image
+from formats.coco import encode_masks
+from formats.images import read_image
 
 
 @pytest.fixture

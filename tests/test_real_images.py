@@ -12,9 +12,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 
 import experiments.real_images.__main__ as real_images
 import train
-from coco import coco_paths
 from data import CocoInstances, collate
 from experiments.real_images import mask_rcnn, scoring
+from formats.coco import coco_paths
 from shapes import make_shapes
 
 

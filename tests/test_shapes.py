@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coco import coco_paths
 from data import CocoInstances
-from images import DataError
+from formats.coco import coco_paths
+from formats.images import DataError
 from shapes import HARD_SHAPES, SHAPES, _coverage, draw_shapes, make_shapes
 
 

@@ -23,7 +23,7 @@ from cli import open_split
 from config import Config, InputError
 from data import TrainSampler, collate
 from eval import evaluate
-from images import DataError
+from formats.images import DataError
 from losses import SetCriterion
 from model import DIMaskDINO, build_model
 from train import backward, lr_factor, make_schedule, parameter_groups, parse_arguments

@@ -14,11 +14,11 @@ from pycocotools import mask as mask_utils
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from cli import positive, run_program
-from coco import coco_paths, read_annotations
 from config import InputError
 from data import CocoInstances
 from experiments.real_images.scoring import LIMITS, open_run
 from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
+from formats.coco import coco_paths, read_annotations
 
 FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"di-maskdino": "DI-MaskDINO (tiny)", "mask-dino": "Mask DINO (tiny)", "mask-rcnn": "Mask R-CNN (ResNet-18)"}

@@ -17,10 +17,10 @@ from torchvision.ops import box_convert
 
 from checkpoint import read_checkpoint, read_log, save_checkpoint
 from cli import positive, run_program
-from coco import coco_paths, coco_results
 from config import InputError
 from data import CocoInstances, seed_of, train_batches
 from eval import average_precision
+from formats.coco import coco_paths, coco_results
 from train import lr_factor
 
 WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedule of preset tiny
@@ -59,7 +59,7 @@ def rcnn_targets(targets, height, width):
 
 @torch.inference_mode()
 def detect(model, images, output_sizes):
-    """{scores, labels, boxes, masks} of images of `eval_transform`, as `model.postprocess` gives them.
+    """{scores, labels, boxes, masks} of images of `eval_transform`, as `detections.postprocess` gives them.
 
     Without the resizing that Mask R-CNN would do: it sees what the other systems see.
     """

@@ -11,11 +11,11 @@ import torch
 
 from checkpoint import load_model, read_checkpoint
 from cli import run_program
-from coco import coco_paths, coco_results, encode_masks
 from data import CocoInstances
+from detections import postprocess
 from eval import average_precision
 from experiments.real_images import mask_rcnn
-from model import postprocess
+from formats.coco import coco_paths, coco_results, encode_masks
 
 LIMITS = (100, 400)  # COCO's number of detections per image, and one that reaches the fullest image
 

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from images import DataError, short
+from formats.images import DataError, short
 
 LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
 DOUBLES = partial(array, "d")

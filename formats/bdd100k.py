@@ -7,7 +7,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from images import DECODER_ERRORS, DataError
+from formats.images import DECODER_ERRORS, DataError
 
 BDD100K_CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # category 1...8
 BDD100K_CROWD, BDD100K_IGNORED = 2, 1  # flags that matter here; the others say truncated (8) and occluded (4)

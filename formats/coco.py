@@ -14,8 +14,8 @@ from pycocotools import mask as mask_utils
 from torchvision.ops import box_convert
 
 from config import InputError
-from images import DataError, image_size, short
-from segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
+from formats.images import DataError, image_size, short
+from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
 
 
 def coco_paths(root, split):

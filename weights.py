@@ -1,0 +1,229 @@
+"""Weight files of others: opened safely, found in their wrappers, renamed, and loaded into a backbone."""
+
+import contextlib
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from backbone import Swin
+
+# Parameter names here and in the files of others: (ours, theirs), each the beginning of a name, "#" a number. The first
+# row that fits holds.
+RESNET_NAMES = [  # Detectron2
+    ("body.bn1.", "stem.conv1.norm."),
+    ("body.conv1.", "stem.conv1."),
+]
+SWIN_NAMES = [  # Microsoft's original Swin, and Detectron2's
+    ("body.features.0.0.", "patch_embed.proj."),
+    ("body.features.0.2.", "patch_embed.norm."),
+    ("norms.#.", "norm#."),
+]
+for i in range(4):
+    RESNET_NAMES += [
+        (f"body.layer{i + 1}.#.downsample.1.", f"res{i + 2}.#.shortcut.norm."),
+        (f"body.layer{i + 1}.#.downsample.0.", f"res{i + 2}.#.shortcut."),
+        (f"body.layer{i + 1}.#.bn#.", f"res{i + 2}.#.conv#.norm."),
+        (f"body.layer{i + 1}.#.conv#.", f"res{i + 2}.#.conv#."),
+    ]
+    SWIN_NAMES += [
+        (f"body.features.{2 * i + 1}.#.mlp.0.", f"layers.{i}.blocks.#.mlp.fc1."),
+        (f"body.features.{2 * i + 1}.#.mlp.3.", f"layers.{i}.blocks.#.mlp.fc2."),
+        (f"body.features.{2 * i + 1}.#.", f"layers.{i}.blocks.#."),
+        (f"body.features.{2 * i + 2}.", f"layers.{i}.downsample."),
+    ]
+# Entries of pretrained classifiers that are no part of a backbone: the classifier itself, and what is computed anew.
+NOT_BACKBONE = re.compile(r"(stem\.)?fc\.|head\.|norm\.|.*\.(num_batches_tracked|relative_position_index|attn_mask)$")
+
+
+def renamed(name, table):
+    """`name` with its beginning replaced by the first row (ours, theirs) of the table that fits. Raises KeyError."""
+    for ours, theirs in table:
+        if match := re.match(re.escape(ours).replace(r"\#", r"(\d+)"), name):
+            numbers = iter(match.groups())
+            return re.sub("#", lambda _: next(numbers), theirs) + name[match.end() :]  # noqa: B023
+    raise KeyError(name)
+
+
+def file_kind(path):
+    """What a file is that holds no weights, in words, by its first bytes; else None."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    if not start:
+        return "empty, perhaps truncated; get it again"
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the weights behind it; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; fetch them with git lfs pull"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start) and start.isascii() and not is_pickle(path):
+        return "a text, not weights; check the path"
+    return None
+
+
+def is_pickle(path):
+    """Whether a file is a pickle from beginning to end, or a file of torch.save with one; nothing in it is run."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+        with open(path, "rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 1
+    except Exception:  # it fails on all sorts of bytes in all sorts of ways
+        return False
+
+
+def open_weights(path, trust_pickle=False):
+    """What a file of torch.save or safetensors, or a plain pickle with the suffix .pkl, holds; tensors on the CPU.
+
+    Raises PermissionError without `trust_pickle` for a file that only Python's pickle can open, since that runs
+    whatever program the file holds; ValueError or OSError, in one line, for what cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    if kind := file_kind(path):
+        raise ValueError(f"{path}: is {kind}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_safetensors(path)
+        if path.suffix != ".pkl":
+            with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
+                return torch.load(path, map_location="cpu", weights_only=True)
+        if not trust_pickle and is_pickle(path):
+            raise PermissionError(
+                f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
+                "if you trust where the file comes from, add --trust-pickle"
+            )
+        if not trust_pickle:
+            raise ValueError("no whole file of torch.save")
+        if path.suffix != ".pkl":
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with open(path, "rb") as file:
+            return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever zip, pickle and their own checks come across
+        reason = str(error).split("\n")[0][:100] or type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint, perhaps truncated ({reason})") from None
+
+
+def load_safetensors(path):
+    """{name: tensor} of a file of safetensors, a package of its own."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise PermissionError(f"{path}: needs a further package: python -m pip install safetensors") from None
+    return load_file(path)
+
+
+# Where programs put the weights in what they save, the first that is there: PyTorch Lightning's are in "state_dict".
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_ema", "ema", "ema_state_dict", "module")
+
+
+def find_weights(path, content):
+    """The weights in what a file holds: {name: tensor}, without the prefixes of DDP, torch.compile and Lightning.
+
+    A line on stderr says where they were if that is neither its top nor "model", and what other ones there are. Raises
+    ValueError.
+    """
+    entries, where = content, []
+    while isinstance(entries, dict) and (found := [key for key in WRAPPERS if isinstance(entries.get(key), dict)]):
+        where.append(found[0])
+        if found[1:] or found[0] != "model":
+            others = f", not those of {', '.join(found[1:])}" if found[1:] else ""
+            print(f"{path}: takes the weights of {'.'.join(where)!r}{others}", file=sys.stderr)
+        entries = entries[found[0]]
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{path}: holds no weights, neither at its top nor under {', '.join(map(repr, WRAPPERS))}")
+    weights = {}
+    for name, value in entries.items():
+        if not isinstance(value, torch.Tensor | np.ndarray | np.generic):
+            raise ValueError(f"{path}: the entry {name!r} is not a tensor but {type(value).__name__}")
+        if str(name) != "n_averaged":  # of torch.optim.swa_utils.AveragedModel
+            bare = re.sub(r"^((module|model)\.)*", "", str(name).replace("_orig_mod.", ""))
+            if bare in weights:
+                raise ValueError(f"{path}: holds {bare} twice, once as {name}; give a file with one model")
+            weights[bare] = torch.as_tensor(value)
+    for name, value in weights.items():
+        if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: its training diverged, or it is damaged")
+    return weights
+
+
+def read_weights(path, trust_pickle=False):
+    """{name: tensor} from a file of others, see `open_weights`, `find_weights`. Raises ValueError or OSError."""
+    return find_weights(path, open_weights(path, trust_pickle))
+
+
+def mismatches(found, expected):
+    """What is wrong with entries {name: tensor} where {name: shape} is expected: one line for each wrong entry."""
+    shape = lambda name: tuple(found[name].shape)  # noqa: E731
+    return [
+        *(f"missing: {name}, of shape {tuple(expected[name])}" for name in expected if name not in found),
+        *(f"unknown: {name}, of shape {shape(name)}" for name in found if name not in expected),
+        *(
+            f"misshapen: {name} is {shape(name)}, should be {tuple(expected[name])}"
+            for name in found
+            if name in expected and shape(name) != tuple(expected[name])
+        ),
+    ]
+
+
+def shortened(problems, most=10):
+    """The lines of `mismatches`, of each kind the first `most` and how many more there are."""
+    kinds = {}
+    for line in problems:
+        kinds.setdefault(line.split(":")[0], []).append(line)
+    return [
+        line
+        for kind, lines in kinds.items()
+        for line in lines[:most] + ([f"{kind}: and {len(lines) - most} more"] if len(lines) > most else [])
+    ]
+
+
+def load_backbone_weights(backbone, source, trust_pickle=False):
+    """Load pretrained weights into a `ResNet` or `Swin`. The norms on Swin's maps stay where the weights have none.
+
+    source        torchvision's name of weights, e.g. "ResNet50_Weights.IMAGENET1K_V1", downloaded if need be; or a file
+                  of torchvision, of Microsoft's Swin, or of Detectron2, told apart by the names in it
+    trust_pickle  allows a file in the format of Python's pickle, as Detectron2's .pkl, which may run any program
+
+    Raises ValueError, listing entries that are missing, unknown or misshapen, ten of each kind at most; ValueError or
+    OSError, in one line, for what cannot be read.
+    """
+    weights = download_weights(source) if "_Weights." in str(source) else read_weights(source, trust_pickle)
+    weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    weights = {name: value for name, value in weights.items() if not NOT_BACKBONE.match(name)}
+    state = backbone.state_dict()
+    table = SWIN_NAMES if isinstance(backbone, Swin) else RESNET_NAMES
+    formats = {name.removeprefix("body."): name for name in state}, {renamed(name, table): name for name in state}
+    names = max(formats, key=lambda names: len(names.keys() & weights.keys()))
+    expected = {
+        name: state[ours].shape for name, ours in names.items() if name in weights or not ours.startswith("norms.")
+    }
+    if problems := mismatches(weights, expected):
+        lines = "\n  ".join(shortened(problems))
+        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:\n  {lines}")
+    backbone.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
+
+
+def download_weights(name):
+    """{name: tensor} of torchvision's weights of that name, from its cache or the net. Raises ValueError or OSError."""
+    try:
+        weights = torchvision.models.get_weight(name)
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{name}: torchvision has no weights of that name") from None
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # of the connection, of the disk, or of a damaged file
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{name}: cannot load {weights.url} ({reason}); download it and put it into {folder}") from None
