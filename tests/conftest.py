@@ -1,9 +1,11 @@
-"""Paths and threads for all tests, a small data set, and training on it."""
+"""Paths and threads for all tests, a small data set, and training on it.
+
+Fixtures import what they need: the op's tests also run beside ops.py and attention.py alone (tests/sanitizers.sh).
+"""
 
 import os
 import signal
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,12 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "golden")]
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: runs are equal bit for bit at equal threads
-torch.set_num_threads(1)  # small tensors are slower with more; tests/test_golden.py takes more for its large ones
+# Small tensors are slower with more threads; tests/test_golden.py takes more for its large ones. The programs that
+# tests start have as many: runs are equal bit for bit at equal threads. TEST_THREADS tries the suite with others.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Files that take longest come first: at the end, no worker of pytest-xdist is left alone with one of them.
 SLOW = ["golden", "train", "export", "training_steps", "backbone", "convert", "attention", "model", "ablations"]
-
-from config import PRESETS  # noqa: E402
-from model import DIMaskDINO  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -64,24 +65,17 @@ def uninterrupted(run, tmp_path_factory):
     return output
 
 
-def save_untrained(path, **settings):
-    """Write a checkpoint of an untrained model of ten classes for images of 64 pixels; returns its path."""
-    torch.manual_seed(0)
-    config = replace(PRESETS["tiny"], test_size=(64, 64), **settings)
-    classes = [f"kind {i}" for i in range(10)]
-    torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
-    return path
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """The path of a checkpoint of `tiny`, of 47 MB."""
+    from toys import save_untrained
+
     return save_untrained(tmp_path_factory.mktemp("tiny") / "checkpoint.pt")
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory):
     """The path of one with a backbone of a few channels, for the programs in this process and in forked ones."""
-    from programs import NARROW
+    from toys import NARROW, save_untrained
 
     return save_untrained(tmp_path_factory.mktemp("small") / "checkpoint.pt", backbone=NARROW)

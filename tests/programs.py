@@ -14,30 +14,12 @@ import traceback
 from pathlib import Path
 
 import torch
-from torchvision.models._api import register_model
-from torchvision.models.resnet import BasicBlock, ResNet
+from toys import NARROW
 
 TRAINING = "--batch-size 4 --workers 0 --device cpu --epochs 4 --encoder-layers 1 --decoder-layers 2".split()
-NARROW = "resnet_narrow"  # the name of NarrowResNet among torchvision's models, once this module is imported
 SMALL = [*TRAINING, "--backbone", NARROW]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["programs", "train", "eval", "predict"])
-
-
-class NarrowResNet(ResNet):
-    """Four blocks of 64 channels: a checkpoint of `tiny` with it has 10 MB, where resnet18 makes 140 MB of it."""
-
-    def __init__(self, norm_layer):
-        super().__init__(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-        self.fc = torch.nn.Linear(64, 1)
-
-    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        return super()._make_layer(block, 64, blocks, stride, dilate)
-
-
-@register_model(NARROW)
-def resnet_narrow(weights, norm_layer):
-    return NarrowResNet(norm_layer)
 
 
 def run_child(function, arguments, environment, output):
