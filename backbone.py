@@ -1,6 +1,8 @@
-"""Feature extractors: torchvision's ResNets and Swin transformers, giving maps C2...C5 at strides 4 to 32."""
+"""Feature extractors: torchvision's ResNets, Swins and MobileNetV2, giving maps C2...C5 at strides 4 to 32."""
 
+import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +31,30 @@ SWINS = {
 
 
 def build_backbone(name, frozen_batch_norm=True):
-    """A randomly initialised backbone: a name in `SWINS` or a ResNet of torchvision.models; InputError for others."""
+    """A randomly initialised backbone: a ResNet of torchvision.models, "mobilenet_v2" or a name in `SWINS`.
+
+    Raises InputError for others.
+    """
+    if name == "mobilenet_v2":
+        return MobileNet(frozen_batch_norm)
     try:
         return Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
     except (ValueError, TypeError, AttributeError):  # torchvision has no such model, or it is no ResNet
-        names = f"resnet18, resnet50 or another ResNet of torchvision.models, or one of {', '.join(SWINS)}"
+        names = f"resnet18, resnet50 or another ResNet of torchvision.models, mobilenet_v2, {', '.join(SWINS)}"
         raise InputError(f"backbone {name!r}: choose {names}") from None
 
 
 def group_norm(channels):
     """Normalisation that trains from scratch at any batch size, for models without pretrained weights."""
-    return nn.GroupNorm(32, channels)
+    return nn.GroupNorm(math.gcd(32, channels), channels)  # 32 groups but for some of MobileNetV2's layers
 
 
 def fold_norms(body):
-    """Let every convolution of a ResNet apply the frozen batch norm behind it: one pass over the activations instead of
-    three, none of them stored in float32 under autocast. Parameters, buffers and their names stay as they are.
+    """Let every convolution apply the frozen batch norm behind it: one pass over the activations instead of three, none
+    of them stored in float32 under autocast. Parameters, buffers and their names stay as they are.
     """
-    for module in list(body.modules()):
-        children = dict(module.named_children())
-        for name, conv in children.items():
-            norm = children.get({"0": "1"}.get(name, name.replace("conv", "bn")))
+    for module in body.modules():
+        for conv, norm in pairwise(module.children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
                 conv.forward, norm.forward = partial(normed_conv, conv, norm), identity
 
@@ -96,6 +101,37 @@ class ResNet(nn.Module):
         x = images.contiguous(memory_format=self.memory_format)
         x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
         maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class MobileNet(nn.Module):
+    """torchvision's MobileNetV2 without its classifier and the 1x1 convolution before it; names as torchvision's below
+    `body`. frozen_batch_norm: as for `ResNet`.
+    """
+
+    channels = [24, 32, 96, 320]  # of C2, C3, C4, C5
+
+    def __init__(self, frozen_batch_norm=True):
+        super().__init__()
+        norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
+        self.body = torchvision.models.mobilenet_v2(weights=None, norm_layer=norm_layer)
+        del self.body.classifier, self.body.features[18]
+        if frozen_batch_norm:
+            fold_norms(self.body)
+        self.body.to(memory_format=torch.channels_last)
+
+    @property
+    def stages(self):
+        """The four stages, each a sequence of blocks; the stem is part of the first."""
+        features = self.body.features
+        return features[:4], features[4:7], features[7:14], features[14:]
+
+    def forward(self, images):
+        """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
+        x, maps = images.contiguous(memory_format=torch.channels_last), []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)

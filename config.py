@@ -23,7 +23,7 @@ class Config:
     """
 
     num_classes: int = setting(80, "classes; training takes those of the data set")
-    backbone: str = setting("resnet50", "a ResNet of torchvision.models, or one of backbone.SWINS")
+    backbone: str = setting("resnet50", "a ResNet of torchvision.models, mobilenet_v2, or one of backbone.SWINS")
     frozen_batch_norm: bool = setting(True, "batch norm with fixed statistics; without: GroupNorm, trains from scratch")
     hidden_dim: int = setting(256, "C, channels of tokens and queries")
     num_heads: int = setting(8, "attention heads")
@@ -107,6 +107,23 @@ PRESETS = {
     "dimaskdino_swin_l": Config(backbone="swin_l_384"),
     "maskdino_swin_l": Config(
         backbone="swin_l_384", num_levels=5, box_init="bitmask", di=False, bato=False, decoder_layers=9
+    ),
+    # Trains on a few hundred photographs from ImageNet weights, on a CPU or a small GPU.
+    "small": Config(
+        backbone="mobilenet_v2",
+        hidden_dim=128,
+        encoder_layers=3,
+        encoder_feedforward_dim=512,
+        selections=(100, 50),
+        num_guiding=15,
+        decoder_layers=4,
+        feedforward_dim=512,
+        class_prior=0.01,
+        denoising_queries=50,
+        loss_points=1024,
+        train_size=224,
+        train_scale=(0.6, 1.4),
+        test_size=(224, 320),
     ),
     # Trains from scratch on a laptop's CPU.
     "tiny": Config(

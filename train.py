@@ -32,13 +32,17 @@ from model import DIMaskDINO
 WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
 LOG_EVERY = 20  # iterations
 
-# A schedule: so many iterations of so many images, where the rates drop to a tenth, the rate and what goes with it.
-Recipe = namedtuple("Recipe", "iterations batch_size milestones lr backbone_factor warmup", defaults=(1e-4, 0.1, 0))
+# A schedule: so many iterations of so many images, where the rates drop to a tenth, the rate and what goes with it; and
+# how many epochs it is stretched over where no --schedule is given.
+Recipe = namedtuple(
+    "Recipe", "iterations batch_size milestones lr backbone_factor warmup epochs", defaults=(1e-4, 0.1, 0, 12)
+)
 RECIPES = {
     "12ep": Recipe(88_500, 16, (81_125,)),
     "24ep": Recipe(177_000, 16, (147_500,)),
     "50ep": Recipe(368_750, 16, (327_778, 355_092)),
     "bdd68ep": Recipe(59_500, 8, (43_750,)),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
+    "small": Recipe(3_263, 8, (2_600, 3_100), lr=4e-4, warmup=50, epochs=60),  # 60 epochs of 435 images
     "tiny": Recipe(1_500, 16, (1_200, 1_425), lr=1e-3, backbone_factor=1.0, warmup=100),  # 12 epochs of `shapes`
 }
 
@@ -61,14 +65,14 @@ def parse_arguments(argv=None):
     add("--no-augmentation", dest="augment", action="store_false", help=plain)
 
     add = parser.add_argument_group("schedule; the default is the published one, or that of tiny").add_argument
-    add("--schedule", choices=RECIPES, help="a published one, for any batch size (default: 12 epochs of the data)")
+    add("--schedule", choices=RECIPES, help="a published one, for any batch size (default: 12 epochs; small: 60)")
     add("--epochs", type=cli.positive, help="passes over the training images, instead of the schedule's length")
     add("--batch-size", type=cli.positive, help="images per forward pass, over all processes (default: 16; bdd68ep: 8)")
     add("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
     add("--lr", type=cli.not_negative, help="learning rate (default: 1e-4 for the schedule's images per iteration)")
     add("--backbone-lr", type=cli.not_negative, help="of the backbone; 0 freezes it (default: a tenth of the other)")
     add("--milestones", type=cli.positive, nargs="+", metavar="ITERATION", help="where the rates drop to a tenth")
-    add("--warmup", type=cli.count, metavar="ITERATIONS", help="rates rise from zero (default: 0; for tiny, 100)")
+    add("--warmup", type=cli.count, metavar="ITERATIONS", help="rates rise from zero (default: 0; tiny 100, small 50)")
     add("--max-iterations", type=cli.positive, help="stop after this many iterations of the schedule")
     add("--save-every", type=cli.positive, default=1000, metavar="N", help="iterations (default: 1000)")
 
@@ -87,14 +91,14 @@ def make_schedule(args, num_images):
     iterations, milestones    of the whole schedule: its optimizer steps, and those at which the rates drop to a tenth
     lr, backbone_lr, warmup   the highest rates, and the iterations in which they rise to them
     """
-    recipe = RECIPES[args.schedule or ("tiny" if args.preset == "tiny" else "12ep")]
+    recipe = RECIPES[args.schedule or (args.preset if args.preset in RECIPES else "12ep")]
     given = lambda value, default: default if value is None else value  # noqa: E731  (0 is a value)
     batch_size = given(args.batch_size, recipe.batch_size)
     step_size = batch_size * args.accumulate
     if args.schedule and args.epochs is None:
         iterations = round(recipe.iterations * recipe.batch_size / step_size)
     else:
-        iterations = math.ceil(given(args.epochs, 12) * num_images / step_size)
+        iterations = math.ceil(given(args.epochs, recipe.epochs) * num_images / step_size)
     lr = given(args.lr, recipe.lr * step_size / recipe.batch_size)
     return SimpleNamespace(
         batch_size=batch_size,
@@ -103,7 +107,7 @@ def make_schedule(args, num_images):
         milestones=given(args.milestones, [round(m / recipe.iterations * iterations) for m in recipe.milestones]),
         lr=lr,
         backbone_lr=given(args.backbone_lr, lr * recipe.backbone_factor),
-        warmup=given(args.warmup, recipe.warmup),
+        warmup=given(args.warmup, min(recipe.warmup, iterations // 10)),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torchvision
 
-from backbone import Swin
+from backbone import MobileNet, ResNet, Swin
 
 # Parameter names here and in the files of others: (ours, theirs), each the beginning of a name, "#" a number. The first
 # row that fits holds.
@@ -38,8 +38,13 @@ for i in range(4):
         (f"body.features.{2 * i + 1}.#.", f"layers.{i}.blocks.#."),
         (f"body.features.{2 * i + 2}.", f"layers.{i}.downsample."),
     ]
-# Entries of pretrained classifiers that are no part of a backbone: the classifier itself, and what is computed anew.
-NOT_BACKBONE = re.compile(r"(stem\.)?fc\.|head\.|norm\.|.*\.(num_batches_tracked|relative_position_index|attn_mask)$")
+MOBILENET_NAMES = [("body.", "")]  # torchvision's alone
+# Entries of pretrained classifiers that are no part of a backbone: the classifier itself, MobileNetV2's convolution
+# before it, and what is computed anew.
+NOT_BACKBONE = re.compile(
+    r"(stem\.)?fc\.|head\.|norm\.|classifier\.|features\.18\.|"
+    r".*\.(num_batches_tracked|relative_position_index|attn_mask)$"
+)
 
 
 def renamed(name, table):
@@ -190,7 +195,7 @@ def shortened(problems, most=10):
 
 
 def load_backbone_weights(backbone, source, trust_pickle=False):
-    """Load pretrained weights into a `ResNet` or `Swin`. The norms on Swin's maps stay where the weights have none.
+    """Load pretrained weights into a backbone. The norms on Swin's maps stay where the weights have none.
 
     source        torchvision's name of weights, e.g. "ResNet50_Weights.IMAGENET1K_V1", downloaded if need be; or a file
                   of torchvision, of Microsoft's Swin, or of Detectron2, told apart by the names in it
@@ -203,7 +208,7 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if not NOT_BACKBONE.match(name)}
     state = backbone.state_dict()
-    table = SWIN_NAMES if isinstance(backbone, Swin) else RESNET_NAMES
+    table = {ResNet: RESNET_NAMES, Swin: SWIN_NAMES, MobileNet: MOBILENET_NAMES}[type(backbone)]
     formats = {name.removeprefix("body."): name for name in state}, {renamed(name, table): name for name in state}
     names = max(formats, key=lambda names: len(names.keys() & weights.keys()))
     expected = {
@@ -226,4 +231,5 @@ def download_weights(name):
     except Exception as error:  # of the connection, of the disk, or of a damaged file
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         reason = str(error) or type(error).__name__
-        raise OSError(f"{name}: cannot load {weights.url} ({reason}); download it and put it into {folder}") from None
+        advice = f"give its file with --backbone-weights, or put it into {folder}"
+        raise OSError(f"{name}: cannot load {weights.url} ({reason}); {advice}") from None

@@ -1,4 +1,4 @@
-"""Swin backbones against golden data and an independent implementation; pretrained weights; gradient checkpointing."""
+"""Backbones against golden data and independent implementations; pretrained weights; gradient checkpointing."""
 
 import pickle
 import re
@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import backbone
-from backbone import ResNet, Swin, build_backbone
+from backbone import MobileNet, ResNet, Swin, build_backbone
 from convert import convert_state_dict
 from detections import postprocess
 from di import boxes_from_masks
@@ -180,7 +180,7 @@ def test_boxes_from_masks(box_init, further, empty):
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("name", ["resnet18", "small"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "small"])
 def test_checkpointed_gradients_are_equal(name, monkeypatch):
     monkeypatch.setitem(backbone.SWINS, "small", SMALL)
     images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -194,7 +194,7 @@ def test_checkpointed_gradients_are_equal(name, monkeypatch):
         count = []
         blocks = *(stage[0] for stage in model.backbone.stages), model.encoder.layers[0], model.decoder.layers[0]
         for block in blocks:
-            next(block.children()).register_forward_hook(lambda *args, count=count: count.append(1))
+            next(block.children()).register_forward_pre_hook(lambda *args, count=count: count.append(1))
         outputs = model(images, targets)  # random: stochastic depth, denoising
         leaves = [outputs, *outputs["aux_outputs"], outputs["interm_outputs"], outputs["dn_outputs"]]
         loss = sum(x.square().mean() for leaf in leaves for key, x in leaf.items() if key.startswith("pred_"))
@@ -238,15 +238,16 @@ def original_swin_names(state):
 
 @pytest.fixture(scope="module")
 def classifiers():
-    """The classifiers whose weights are loaded: ResNet-18 and a small Swin, random."""
+    """The classifiers whose weights are loaded: ResNet-18, MobileNetV2 and a small Swin, random."""
     return {
         "resnet": randomized(torchvision.models.resnet18(num_classes=3)),
+        "mobilenet": randomized(torchvision.models.mobilenet_v2(num_classes=3)),
         "swin": randomized(SwinTransformer([4, 4], 32, [2, 2, 2, 2], [1, 2, 4, 8], [4, 4], num_classes=3)),
     }
 
 
 def fresh(kind):
-    return ResNet("resnet18") if kind == "resnet" else Swin(*SMALL)
+    return {"resnet": lambda: ResNet("resnet18"), "mobilenet": MobileNet, "swin": lambda: Swin(*SMALL)}[kind]()
 
 
 def write(path, content):
@@ -264,6 +265,12 @@ FORMS = {
     "Detectron2 ResNet, .pth": (
         "resnet",
         lambda s: {"backbone." + name: torch.from_numpy(x) for name, x in detectron2_names(s).items()},
+        "w.pth",
+    ),
+    "torchvision MobileNetV2": ("mobilenet", lambda state: state, "w.pth"),
+    "features of MobileNetV2 alone": (
+        "mobilenet",
+        lambda state: {name: value for name, value in state.items() if not name.startswith("classifier")},
         "w.pth",
     ),
     "torchvision Swin": ("swin", lambda state: state, "w.pth"),
@@ -287,6 +294,12 @@ def test_forms_of_weights(form, classifiers, tmp_path):
         if kind == "resnet":
             expected = nn.Sequential(*list(classifier.children())[:-2])(image)
             torch.testing.assert_close(loaded(image)[3], expected, rtol=1e-3, atol=1e-3)
+        elif kind == "mobilenet":
+            maps = loaded(image)
+            assert [x.shape for x in maps] == [(1, 24, 64, 64), (1, 32, 32, 32), (1, 96, 16, 16), (1, 320, 8, 8)]
+            for x, last in zip(maps, (3, 6, 13, 17), strict=True):
+                expected = classifier.features[: last + 1](image)
+                torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
         else:
             for name, value in classifier.features.state_dict().items():
                 if "relative_position_index" not in name:
@@ -347,7 +360,7 @@ def test_weights_by_name(classifiers, tmp_path, monkeypatch):
         raise URLError("no net")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(OSError, match="https://.*resnet18-.*download it and put it into") as error:
+    with pytest.raises(OSError, match="https://.*resnet18-.*with --backbone-weights, or put it into") as error:
         load_backbone_weights(fresh("resnet"), name)
     folder = Path(str(error.value).rsplit(" ", 1)[1])
     file = re.search(r"resnet18-\w+\.pth", str(error.value))[0]

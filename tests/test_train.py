@@ -69,6 +69,15 @@ def test_tiny_has_its_own_schedule():
     }  # fmt: skip
 
 
+def test_small_follows_the_number_of_images():
+    schedules = [make_schedule(parse_arguments(["--preset", "small"]), num_images=n) for n in (435, 40)]
+    assert vars(schedules[0]) == {
+        "batch_size": 8, "step_size": 8, "iterations": 3263, "milestones": [2600, 3100], "lr": 4e-4,
+        "backbone_lr": pytest.approx(4e-5), "warmup": 50,
+    }  # fmt: skip
+    assert (schedules[1].iterations, schedules[1].milestones, schedules[1].warmup) == (300, [239, 285], 30)
+
+
 def test_zero_is_a_value():
     schedule = make_schedule(parse_arguments("--warmup 0 --backbone-lr 0".split()), num_images=1000)
     assert (schedule.warmup, schedule.backbone_lr, schedule.lr) == (0, 0, 1e-3)
