@@ -1,7 +1,11 @@
 """Image files read as upright tensors, and the error that all data modules raise."""
 
 import struct
+import threading
+import time
+import warnings
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,13 +29,12 @@ def short(value):
 # What PIL's decoders raise on damaged files.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error,
                   Image.DecompressionBombError)  # fmt: skip
-
-Image.MAX_IMAGE_PIXELS = 500_000_000  # aerial and microscope images; PIL warns above and refuses twice as much
+MAX_PIXELS = 500_000_000  # aerial and microscope images; PIL warns above and refuses twice as much
 
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                                 Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270,
-                                 Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), strict=True))  # fmt: skip
+UPRIGHT = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                          Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                          Image.Transpose.ROTATE_90), start=2))  # fmt: skip
 INVERSE = {6: 8, 8: 6}  # the other orientations undo themselves
 
 
@@ -40,7 +43,7 @@ def image_size(path, size=(None, None)):
 
     Numbers of `size` may be None: not known. (Of a PNG without orientation all is read then: the tag may come last.)
     """
-    return _opened(path, size, load=False)[1]
+    return with_image(path, lambda image: _turn(path, image, size, load=False)[1])
 
 
 def read_image(path, size=None):
@@ -51,45 +54,70 @@ def read_image(path, size=None):
     Of several pages the first is read. 16-bit greyscale is scaled from 0...65535 to 0...255, 32-bit float from 0...1;
     DataError for values beyond these. Transparency is dropped (the stored colours stay).
     """
-    image = _opened(path, size or (None, None), load=True)[0]
-    top = {"I": 65535, "F": 1}.get(image.mode[:1])  # 16-bit files open as I;16, some as I
-    if top:  # PIL's own conversion would clip them
-        pixels = np.asarray(image, dtype=np.float32)
-        low, high = pixels.min(), pixels.max()
-        if not (low >= 0 and high <= top):  # NaN too
-            raise DataError(f"{path}: the values reach from {low:g} to {high:g}, expected 0...{top}; scale the image")
-        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return with_image(path, lambda image: _rgb(path, _turn(path, image, size or (None, None), load=True)[0]))
 
 
-def _opened(path, size, load):
+_pil = threading.Lock()
+
+
+def with_image(path, read):
+    """`read(image)` of a file that PIL has opened; DataError where that fails twice, as what it says of the first time
+    may have been a moment of a network disk.
+
+    PIL's limit of pixels and Python's list of warnings are the whole process's: they are ours only meanwhile, one
+    thread at a time. What PIL warns of is said with the file's name, once.
+    """
+    for again in (False, True):
+        try:
+            # By name, PIL would garble a TIFF file with an orientation.
+            with _pil, warnings.catch_warnings(record=True) as caught, open(path, "rb") as file:
+                warnings.simplefilter("always")
+                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+                try:
+                    found = read(Image.open(file))
+                finally:
+                    Image.MAX_IMAGE_PIXELS = limit
+            break
+        except DataError:
+            raise
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such image file") from None
+        except DECODER_ERRORS as error:
+            of_system = getattr(error, "errno", None)
+            if again and of_system:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk and the rights") from None
+            if again:
+                raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
+            time.sleep(0.2 if of_system else 0)
+    for warning in caught:
+        _warn_once(f"{path}: {warning.message}", warning.category)
+    return found
+
+
+@cache
+def _warn_once(line, category):
+    warnings.warn(line, category, stacklevel=4)
+
+
+def _turn(path, image, size, load):
     """The PIL image, with `load` decoded and turned as `read_image` says, and its (H, W)."""
-    try:
-        with open(path, "rb") as file:  # by name, PIL garbles a TIFF file with an orientation
-            image = Image.open(file)
-            tiff = getattr(image, "tag_v2", None)
-            stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
-            if load and not tiff:
-                image.load()
-            matters = load or None in size or not fits(stored, size)
-            orientation = _orientation(image) if matters else 1
-            shown = stored[::-1] if orientation >= 5 else stored
-            as_stored = fits(stored, size) and not fits(shown, size)
-            if load:
-                image.load()
-                turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
-                if orientation > 1 and as_stored == turned:
-                    image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation) if turned else orientation])
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
-    except DECODER_ERRORS as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
+    tiff = getattr(image, "tag_v2", None)
+    stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
+    if load and not tiff:
+        image.load()
+    matters = load or None in size or not fits(stored, size)
+    orientation = _orientation(image) if matters else 1
+    shown = stored[::-1] if orientation >= 5 else stored
+    as_stored = fits(stored, size) and not fits(shown, size)
     if not (as_stored or fits(shown, size)):
         height, width = ("?" if pixels is None else pixels for pixels in size)
-        raise DataError(
-            f"{path}: the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height};"
-            " correct the file or the annotations"
-        )
+        raise DataError(f"{path}: the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height};"
+                        " correct the file or the annotations")  # fmt: skip
+    if load:
+        image.load()
+        turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
+        if orientation > 1 and as_stored == turned:
+            image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation) if turned else orientation])
     return image, stored if as_stored else shown
 
 
@@ -105,3 +133,16 @@ def _orientation(image):
 def fits(found, size):
     """Whether (H, W) is `size`, where None stands for any number."""
     return all(expected in (None, pixels) for pixels, expected in zip(found, size, strict=True))
+
+
+def _rgb(path, image):
+    """A decoded PIL image as (3, H, W) uint8."""
+    top = {"I": 65535, "F": 1}.get(image.mode[:1])  # 16-bit files open as I;16, some as I
+    if top:  # PIL's own conversion would clip them
+        pixels = np.asarray(image, dtype=np.float32)
+        low, high = pixels.min(), pixels.max()
+        if not (low >= 0 and high <= top):  # NaN too
+            raise DataError(f"{path}: the values reach from {low:g} to {high:g}, expected 0...{top}; scale the image")
+        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+    image.info.pop("transparency", None)  # PIL would warn that a palette's is lost
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -8,25 +8,26 @@ from itertools import chain
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from formats.images import DataError, short
+from formats.images import short
 
-LEFT_OUT, TRIMMED, MISFIT, REFUSED = range(4)  # what a fault makes of an annotation
+# What a fault makes of an annotation: it encloses nothing, it says nothing that can be understood, some of its polygons
+# are left out, its box is not the mask's. Only what is not left out for the first can be refused for the second.
+LEFT_OUT, REFUSED, TRIMMED, MISFIT = range(4)
 DOUBLES = partial(array, "d")
 
 
-class EmptyShape(ValueError):
-    """A segmentation that encloses nothing."""
+class Fault(Exception):
+    """A segmentation that cannot be used; its arguments are LEFT_OUT or REFUSED and why."""
 
 
 def check_segmentations(annotations, sizes):
     """Bring segmentation and bbox of some annotations into one form, in place; returns [(kind, annotation, why)].
 
     sizes: {image id: (height, width)}. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height,
-    those of the mask within the image where there is no box. The kinds of faults: REFUSED; LEFT_OUT, it encloses
-    nothing; TRIMMED, some of its polygons were left out; MISFIT, the box is not the mask's. Numbers are compared for
-    all annotations at once: one by one takes as long as reading the file.
+    those of the mask within the image where there is no box. Numbers are compared for all annotations at once: one by
+    one takes as long as reading the file.
     """
-    faults = {}  # index of an annotation: (kind, why)
+    faults = {}  # (kind, index of an annotation): why
     polygons, owners = [], []
     bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
     for index, annotation in enumerate(annotations):
@@ -38,30 +39,27 @@ def check_segmentations(annotations, sizes):
         if not plain:
             try:
                 shape = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
-            except EmptyShape as error:
-                faults[index] = LEFT_OUT, str(error)
-                continue
-            except DataError as error:
-                faults[index] = REFUSED, str(error)
-                continue
-            if isinstance(shape, dict):
-                x, y, width, height = mask_utils.toBbox(shape)
-                bounds[:, :, index] = (x, y), (x + width, y + height)
-                annotation["segmentation"] = shape
+            except Fault as fault:
+                kind, faults[kind, index] = fault.args
                 continue
         annotation["segmentation"] = shape
-        polygons += shape
-        owners += [index] * len(shape)
+        if isinstance(shape, dict):
+            x, y, width, height = mask_utils.toBbox(shape)
+            bounds[:, :, index] = (x, y), (x + width, y + height)
+        else:
+            polygons += shape
+            owners += [index] * len(shape)
     lengths = np.fromiter(map(len, polygons), int, len(polygons))
     for i in np.flatnonzero(lengths % 2):
-        faults[owners[i]] = REFUSED, f"polygon with an odd number of coordinates ({lengths[i]})"
+        faults[REFUSED, owners[i]] = f"polygon with an odd number of coordinates ({lengths[i]})"
+        polygons[i], lengths[i] = DOUBLES([0.0] * 6), 6  # so that the others can be measured
+    if polygons:
+        _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
+    unusable = [index for kind, index in faults if kind in (LEFT_OUT, REFUSED)]
     boxes = _boxes(annotations, faults)
-    if all(kind != REFUSED for kind, _ in faults.values()):
-        if polygons:
-            _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
-        limits = array("d", chain.from_iterable(sizes[annotation["image_id"]] for annotation in annotations))
-        _compare(annotations, np.array(limits).reshape(-1, 2).T[::-1], bounds, boxes, faults)
-    return [(kind, annotations[index], why) for index, (kind, why) in sorted(faults.items())]
+    limits = np.array([sizes[annotation["image_id"]][::-1] for annotation in annotations], float).T
+    _compare(annotations, limits, bounds, boxes, unusable, faults)
+    return [(kind, annotations[index], why) for (kind, index), why in sorted(faults.items())]
 
 
 def _measure(annotations, polygons, lengths, owners, bounds, faults):
@@ -78,15 +76,14 @@ def _measure(annotations, polygons, lengths, owners, bounds, faults):
         areas = np.add.reduceat(cross, starts)
     # A figure of eight may have no signed area either: flat is what lies on a line.
     flat = [i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(polygons[i])]
-    for i in flat:
-        why = f"polygon {short(polygons[i].tolist())} has no area, expected three points or more, not on a line"
-        faults.setdefault(owners[i], (TRIMMED, why))
     without = {id(polygons[i]) for i in flat}
-    for index in {owners[i] for i in flat}:
+    for i in flat:
+        index, points = owners[i], short(polygons[i].tolist())
         kept = [polygon for polygon in annotations[index]["segmentation"] if id(polygon) not in without]
-        annotations[index]["segmentation"] = kept
-        if not kept:
-            faults[index] = LEFT_OUT, faults[index][1]
+        why = f"polygon {points} has no area, expected three points or more, not on a line"
+        faults.setdefault((TRIMMED if kept else LEFT_OUT, index), why)
+    for index in {owners[i] for i in flat}:
+        annotations[index]["segmentation"] = [p for p in annotations[index]["segmentation"] if id(p) not in without]
     solid = np.ones(len(polygons), bool)
     solid[flat] = False
     if solid.any():
@@ -114,24 +111,25 @@ def _boxes(annotations, faults):
             try:
                 numbers[index] = np.nan if box is None or box == [] else array("d", box)
             except (TypeError, ValueError, OverflowError):
-                why = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
-                faults.setdefault(index, (REFUSED, why))
+                faults[REFUSED, index] = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
     return np.array(numbers).reshape(-1, 4).T.reshape(2, 2, -1)
 
 
-def _compare(annotations, limits, bounds, boxes, faults):
-    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing."""
+def _compare(annotations, limits, bounds, boxes, unusable, faults):
+    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing.
+
+    unusable: indices of annotations without a mask. A box may be that of the whole mask or of the part in the image.
+    """
+    shaped = np.ones(len(annotations), bool)
+    shaped[unusable] = False
     with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
-        far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
-        start, end = np.clip(bounds, 0, limits)
-        outside = ~(end > start).all(0)
+        far = shaped & ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
+        visible = np.clip(bounds, 0, limits)
+        outside = shaped & ~far & ~(visible[1] > visible[0]).all(0)
         missing = np.isnan(boxes).all((0, 1))
-        boxes = np.where(missing, (start, end - start), boxes)
-        origin, extent = boxes
-        empty = ~((extent > 0) & np.isfinite(origin + extent)).all(0)
-        # Each a pixel larger on all sides: what rounding can do is no fault.
-        common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
-        misfit = common < 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
+        boxes = np.where(missing, (visible[0], visible[1] - visible[0]), boxes)
+        empty = ~missing & ~((boxes[1] > 0) & np.isfinite(boxes.sum(0))).all(0)
+        misfit = shaped & ~_fit(boxes, bounds) & ~_fit(boxes, visible)
     for index in np.flatnonzero(missing):
         annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
     for found, kind, why in (
@@ -141,23 +139,32 @@ def _compare(annotations, limits, bounds, boxes, faults):
         (misfit, MISFIT, "box {2}, but the mask has {1}"),
     ):
         for index in np.flatnonzero(found):
-            if index not in faults or faults[index][0] == TRIMMED:
-                width, height = limits[:, index].astype(int)
-                mask = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[:, :, index].ravel())
-                faults[index] = kind, why.format(f"{width}x{height}", mask, short(annotations[index]["bbox"]))
+            size = "{:g}x{:g}".format(*limits[:, index])
+            corners = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[:, :, index].ravel())
+            faults.setdefault((kind, index), why.format(size, corners, short(annotations[index]["bbox"])))
+
+
+def _fit(boxes, bounds):
+    """Whether boxes (x, y, width, height) are masks' bounds (corners), both (2, 2, n): they share half of their area.
+
+    Each is taken a pixel larger on all sides: what rounding can do is no fault.
+    """
+    (origin, extent), (start, end) = boxes, bounds
+    common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
+    return common >= 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
 
 
 def _shape(segmentation, height, width):
-    """Polygons as arrays or compressed RLE of a segmentation in any form; DataError for what is neither."""
+    """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
     if isinstance(segmentation, dict):
         return _rle(segmentation, height, width)
     try:
         polygons = _polygons([] if segmentation is None else segmentation)
     except (TypeError, OverflowError):
-        expected = "expected RLE or polygons, lists of x, y, x, y, ..."
-        raise DataError(f"segmentation {short(segmentation)}, {expected}") from None
+        why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
+        raise Fault(REFUSED, why) from None
     if not polygons:
-        raise EmptyShape("no segmentation")
+        raise Fault(LEFT_OUT, "no segmentation")
     return polygons
 
 
@@ -166,27 +173,28 @@ def _polygons(segmentation):
     if not isinstance(segmentation, list):
         raise TypeError
     if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
-        return [array("d", chain(*segmentation))] if segmentation else []
+        return [DOUBLES(chain(*segmentation))] if segmentation else []
     if any(isinstance(inner, list) for inner in segmentation):
         return [polygon for inner in segmentation for polygon in _polygons(inner)]
-    return [array("d", segmentation)]
+    return [DOUBLES(segmentation)]
 
 
 def _rle(segmentation, height, width):
     """The compressed form of checked RLE."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
-        raise DataError(f"RLE of size {short(size)}, but its image is {[height, width]} (height, width)")
+        raise Fault(REFUSED, f"RLE of size {short(size)}, but its image is {[height, width]} (height, width)")
     try:
         runs = np.array(counts) if isinstance(counts, list) else _runs(counts)
         if runs.dtype.kind not in "if" or (runs % 1).any():
             raise ValueError("not integers")
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"RLE with malformed counts {short(counts)}, expected run lengths or their string") from None
+        why = f"RLE with malformed counts {short(counts)}, expected run lengths or their string"
+        raise Fault(REFUSED, why) from None
     if (runs < 0).any() or runs.sum() != height * width:
-        raise DataError(f"RLE whose counts do not add up to the {height * width} pixels of its image")
+        raise Fault(REFUSED, f"RLE whose counts do not add up to the {height * width} pixels of its image")
     if not runs[1::2].any():
-        raise EmptyShape("RLE without a pixel")
+        raise Fault(LEFT_OUT, "RLE without a pixel")
     if isinstance(counts, list):
         segmentation = {"size": [height, width], "counts": runs.astype(int).tolist()}
         return mask_utils.frPyObjects(segmentation, height, width)

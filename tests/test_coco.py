@@ -180,6 +180,85 @@ def test_images_are_found_by_as_much_of_their_path_as_is_there(tmp_path, given, 
     assert read(arguments)["images"][0]["file_name"] == NAMES[given]
 
 
+COMPOSED, DECOMPOSED = "Gr\u00f6\u00dfe 1.png", "Gro\u0308\u00dfe 1.png"  # a person sees the same
+SPELLINGS = {  # what the file says: what is in the folder
+    COMPOSED: DECOMPOSED,
+    "data\\" + DECOMPOSED: COMPOSED,
+    "Gr%C3%B6%C3%9Fe%201.png": DECOMPOSED,
+    "http://a.b/upload/o/images%2Fa b.png": "a b.png",
+    "a b+c.png": "a%20b+c.png",
+    "\uc0ac\uc9c4/IMG_1.JPG": "\uc0ac\uc9c4/img_1.jpg",
+    "Photos/1.PNG": "photos/1.Png",
+    "100% (%zz).png": "100% (%ZZ).PNG",
+}
+
+
+@pytest.mark.parametrize("given", SPELLINGS)
+def test_a_file_is_found_under_the_name_that_a_person_sees(tmp_path, given):
+    arguments = write(tmp_path, content := dataset([annotation(1)]))
+    content["images"][0]["file_name"] = given
+    arguments[0].write_text(json.dumps(content))
+    path = arguments[1] / SPELLINGS[given]
+    path.parent.mkdir(exist_ok=True)
+    (arguments[1] / "1.png").rename(path)
+    assert read(arguments)["images"][0]["file_name"] == SPELLINGS[given]
+    twin = path.with_suffix(path.suffix[:2].lower() + path.suffix[2:].upper())
+    twin.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"could be '.*', '.*' in .*images; give it the name of one"):
+        read_annotations(*arguments)
+    content["images"][0]["file_name"] = SPELLINGS[given]  # in this very spelling there is one
+    arguments[0].write_text(json.dumps(content))
+    assert read(arguments)["images"][0]["file_name"] == SPELLINGS[given]
+
+
+def test_a_name_that_is_not_there_is_shown_with_the_nearest_that_is(tmp_path):
+    content = dataset([annotation(1)])
+    content["images"][1]["file_name"] = "train/2 .png"
+    arguments = write(tmp_path, content)
+    for i in range(3000):
+        (arguments[1] / f"1{i}.txt").touch()
+    with pytest.raises(
+        DataError, match=r"'train/2 \.png', the nearest name there is '2\.png'; check the image folder$"
+    ):
+        read_annotations(*arguments)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"2 of 2 images are not in .*none, .* '1\.png', the folder is empty; check"):
+        read_annotations(arguments[0], tmp_path / "none")
+
+
+def test_ids_of_other_spellings_in_one_file_are_other_ids(tmp_path):
+    content = dataset([annotation(number, image_id=i) for number, i in enumerate(("01", "1", 1, 1.0, "001"))])
+    content["images"][0]["id"], content["images"][1]["id"] = "01", 1
+    content["categories"][0]["id"], content["categories"][1]["id"] = "07", "007"
+    for number, category in enumerate(("07", "007", "07", "07", "07")):
+        content["annotations"][number]["category_id"] = category
+    found = read(write(tmp_path, content), "1 annotation(s) of images that are not in the file left out; the first is "
+                 "annotation 4: unknown image id '001', expected one of '01', 1")  # fmt: skip
+    assert [a["image_id"] for a in found["annotations"]] == [1, 2, 2, 2]
+    assert [a["category_id"] for a in found["annotations"]] == [1, 2, 1, 1]
+    assert [image["file_id"] for image in found["images"]] == ["01", 1]
+    (tmp_path / "instances.json").write_text(json.dumps(content | {"annotations": [annotation(9, image_id=1)]}))
+    with pytest.raises(DataError, match="annotation 9: unknown category id 7, expected one of '07', '007'"):
+        read_annotations(tmp_path / "instances.json", tmp_path / "images")
+
+
+def test_class_names_are_texts_of_any_kind(tmp_path):
+    names = ["", 7, 2.5, " ", "a\nb", "\ub108\ud2b8", "Gro\u0308\u00dfe"]
+    content = dataset([annotation(i, category_id=i) for i in range(len(names))])
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names)]
+    arguments = write(tmp_path, content)
+    expected = ["", "7", "2.5", " ", "a\nb", "\ub108\ud2b8", "Gr\u00f6\u00dfe"]  # composed or not: one class
+    found = [category["name"] for category in read(arguments)["categories"]]
+    assert found == expected and match_classes(expected[::-1], found) == [6, 5, 4, 3, 2, 1, 0]
+    for twins in (("", ""), (7, "7"), (COMPOSED, DECOMPOSED)):
+        for category, name in zip(content["categories"], twins, strict=False):
+            category["name"] = name
+        arguments[0].write_text(json.dumps(content))
+        with pytest.raises(DataError, match="categories 0 and 1 both have the name") as caught:
+            read_annotations(*arguments)
+        assert "\n" not in str(caught.value)
+
+
 def test_encodings_of_json(tmp_path):
     path, images = write(tmp_path, "")
     text = json.dumps(dataset([annotation(1)]))
@@ -224,7 +303,8 @@ EMPTY = {
 @pytest.mark.parametrize("case", EMPTY)
 def test_single_annotations_are_left_out_and_counted(tmp_path, case):
     change, why = EMPTY[case]
-    bad = [annotation(12) | change, annotation(14) | change]
+    useless = {"area": [0], "iscrowd": "maybe", "category_id": None, "bbox": "none"}  # which does not matter then
+    bad = [annotation(12) | change, annotation(14) | (useless | change if "box" not in case else change)]
     content = dataset([annotation(11), bad[0], annotation(13, area=99), bad[1]])
     arguments = write(tmp_path, content)
     with pytest.warns(UserWarning, match=r": 2 .*left out; the first is annotation 12: "):
@@ -290,6 +370,26 @@ def test_rounded_boxes_and_boxes_of_masks_beyond_the_edge_fit(tmp_path):
     assert len(read(write(tmp_path, dataset(annotations)))["annotations"]) == 4
 
 
+BEYOND = [-14, 13, 10, 13, 10, 43, -14, 43]  # of 40x30
+
+
+@pytest.mark.parametrize("box", [[-14, 13, 24, 30], [0, 13, 10, 17], [-14.4, 12.6, 25, 31], None])
+def test_a_box_of_the_whole_mask_or_of_the_part_in_the_image_fits(tmp_path, box):
+    found = read(write(tmp_path, dataset([annotation(1, BEYOND, bbox=box)])))["annotations"]
+    assert found[0]["bbox"] == (box or [0, 13, 10, 17])
+
+
+@pytest.mark.parametrize("box", [[-14, 13, 10, 43], [0, 0, 10, 13], [0, 13, 24, 30], [300, 13, 24, 30]])
+def test_a_misfit_is_shown_with_the_bounds_that_were_compared(tmp_path, box):
+    what = f"box {box}, but the mask has x0, y0, x1, y1 = -14, 13, 10, 43"
+    read(write(tmp_path, dataset([annotation(1, BEYOND, bbox=box)])), what)
+
+
+@pytest.mark.parametrize("area", [None, 0, -1, NAN, INFINITY, [0], "large", "100", True, {}, 10**400])
+def test_an_area_that_is_no_number_is_computed(tmp_path, area):
+    assert read(write(tmp_path, dataset([annotation(1, area=area)])))["annotations"][0]["area"] == 100
+
+
 def test_one_file_under_two_ids_is_noticed(tmp_path):
     content = dataset([annotation(1)])
     content["images"][1]["file_name"] = "1.png"
@@ -337,11 +437,11 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "annotations missing": (lambda content: content.pop("annotations"), "not in COCO format"),
     "categories missing": (lambda content: content.pop("categories"), "'categories' is None, expected a list"),
     "unknown category": (changed(category_id=99), "annotation 12: unknown category id 99, expected one of 90, 7"),
-    "fractional category": (changed(category_id=7.5), "annotation 12 has category_id 7.5, expected an integer or a te"),
-    "no category": (changed(category_id=None), "annotation 12 has category_id None, expected an integer or a text"),
-    "fractional image": (changed(image_id=1.5), "annotation 12 has image_id 1.5, expected an integer or a text"),
-    "image id NaN": (changed(image_id=NAN), "annotation 12 has image_id nan, expected an integer or a text"),
-    "image id true": (changed(image_id=True), "annotation 12 has image_id True, expected an integer or a text"),
+    "fractional category": (changed(category_id=7.5), "annotation 12: category id 7.5, expected an integer or a te"),
+    "no category": (changed(category_id=None), "annotation 12: category id None, expected an integer or a text"),
+    "fractional image": (changed(image_id=1.5), "annotation 12: image id 1.5, expected an integer or a text"),
+    "image id NaN": (changed(image_id=NAN), "annotation 12: image id nan, expected an integer or a text"),
+    "image id true": (changed(image_id=True), "annotation 12: image id True, expected an integer or a text"),
     "odd coordinates": (polygons([1, 2, 3, 4, 5, 6, 7]), r"annotation 12: polygon with an odd number .*\(7\)"),
     "text coordinates": (polygons(list("abcdef")), r"annotation 12: segmentation .*'a', .* expected RLE or polygons"),
     "mixed nesting": (polygons([1, 2, 3, 4, 5, 6], 7), "annotation 12: segmentation .* expected RLE or polygons"),
@@ -369,7 +469,6 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "box of text": (changed(bbox=list("abcd")), "annotation 12: box .*'a'.*is not a list of four numbers"),
     "box of digits": (changed(bbox=["1", "2", "3", "4"]), "annotation 12: box .*is not a list of four numbers"),
     "box a number": (changed(bbox=7), "annotation 12: box 7 .*is not a list of four numbers"),
-    "area of text": (changed(area="large"), "annotation 12: area 'large', expected a number of pixels"),
     "iscrowd 2": (changed(iscrowd=2), "annotation 12: iscrowd 2, ignore None, expected 0 or 1"),
     "ignore of text": (changed(ignore="maybe"), "annotation 12: iscrowd 0, ignore 'maybe', expected 0 or 1"),
     "iscrowd a list": (changed(iscrowd=[]), r"annotation 12: iscrowd \[\], ignore None, expected 0 or 1"),
@@ -433,6 +532,38 @@ def test_file_that_is_not_coco(tmp_path, content, message):
     with pytest.raises(DataError, match=rf"instances\.json: .*{message}") as caught:
         read_annotations(path, images)
     assert "\n" not in str(caught.value)
+
+
+PANOPTIC = {"image_id": 1, "file_name": "1.png", "segments_info": [{"id": 3, "category_id": 7}]}
+KEYPOINTS = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "keypoints": [1, 2, 2]}
+OTHERS = {
+    "panoptic": (dataset([PANOPTIC]), "holds panoptic segments, expected instances"),
+    "keypoints": (dataset([KEYPOINTS]), "holds keypoints without masks, expected instances"),
+    "empty masks": (dataset([KEYPOINTS | {"segmentation": []}]), "holds keypoints without masks"),
+    "captions": ({"images": [], "annotations": [{"image_id": 1, "caption": "a cat"}]}, "holds captions, expected"),
+    "results": (
+        [annotation(1, score=0.5)],
+        r"holds results \(detections with a score\), expected instances: images, cat",
+    ),
+    "box results": ([{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "holds results"),
+    "a list": ([annotation(1)], r"is not in COCO format \(\[\{.*, expected an object"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_files_of_other_kinds_are_named(tmp_path, case):
+    content, message = OTHERS[case]
+    arguments = write(tmp_path, content)
+    for need_annotations in (True, False):
+        with pytest.raises(DataError, match=rf"instances\.json: {message}") as caught:
+            read_annotations(*arguments, need_annotations)
+        assert "\n" not in str(caught.value)
+
+
+def test_keypoints_beside_masks_are_instances(tmp_path):
+    assert (
+        len(read(write(tmp_path, dataset([annotation(1) | KEYPOINTS])), "box(es) that do not fit")["annotations"]) == 1
+    )
 
 
 def test_a_segmentation_nested_without_end(tmp_path):

@@ -1,11 +1,14 @@
 """Image files of every mode are read as the same RGB, and damaged ones are named."""
 
+import errno
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from formats.images import DataError, read_image
+from formats.images import DataError, image_size, read_image
 
 
 def gradient(dtype, top):
@@ -49,6 +52,59 @@ def test_exif_orientation_is_applied_unless_the_annotations_are_of_the_stored_pi
     stored, upright = read_image(tmp_path / "a.png", (3, 4)), read_image(tmp_path / "a.png")
     assert stored.shape == (3, 3, 4)
     assert torch.equal(upright, stored.rot90(-1, dims=(1, 2)))
+
+
+def test_a_warning_of_an_image_names_its_file_once(tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x010E] = "a description that is cut off " * 9
+    Image.new("RGB", (8, 6)).save(path, exif=exif.tobytes()[:-200])
+    with pytest.warns(UserWarning, match=rf"^{path}: ") as caught:
+        for _ in range(3):
+            read_image(path)
+    assert len(caught) == 1
+    monkeypatch.setattr("formats.images.MAX_PIXELS", 40)  # as an image of 500 megapixels
+    Image.new("RGB", (8, 6)).save(path.with_suffix(".png"))
+    with pytest.warns(
+        Image.DecompressionBombWarning, match=r"photo\.png: Image size \(48 pixels\) exceeds limit of 40"
+    ):
+        read_image(path.with_suffix(".png"))
+    Image.new("RGB", (20, 6)).save(path.with_suffix(".png"))
+    with pytest.raises(DataError, match=r"photo\.png: cannot be read as an image \(Image size \(120 pixels\) exceeds"):
+        read_image(path.with_suffix(".png"))
+
+
+def test_settings_of_the_calling_program_stay(tmp_path, monkeypatch):
+    Image.new("P", (20_000, 9_000)).save(tmp_path / "large.png", transparency=bytes([0, 128]))
+    filters = list(warnings.filters)
+    for limit in (1000, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # neither its size nor its lost transparency is worth a word
+            assert image_size(tmp_path / "large.png") == (9_000, 20_000)
+        with pytest.raises(DataError):
+            read_image(tmp_path / "none.png")
+        assert Image.MAX_IMAGE_PIXELS == limit and warnings.filters == filters
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError("image file is truncated")])
+def test_an_image_that_fails_once_is_read_again(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
+    failures = [error]
+
+    def moody(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return opened(*args, **kwargs)
+
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", moody)
+    assert read_image(path)[:, 0, 0].tolist() == [1, 2, 3]
+    failures += [error] * 2
+    says = r"cannot be read \(Input/output error\); check the disk" if error.errno else "cannot be read as an image"
+    with pytest.raises(DataError, match=rf"a\.png: {says}"):
+        read_image(path)
 
 
 def damage(path, how):
