@@ -1,19 +1,23 @@
 """What the programs share: the flags that name the data, devices and processes, and errors in one line."""
 
 import argparse
-import ctypes
+import contextlib
 import math
 import os
 import re
 import signal
 import sys
+import time
+import uuid
 import warnings
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from backbone import Swin
 from config import InputError
@@ -232,27 +236,18 @@ def choose_device(name):
     return device
 
 
-def keep_freed_memory(device):
-    """On a CPU, let glibc keep the memory of tensors below 16 MB that a step frees, for the next step.
-
-    As a default it goes back to the system, which clears it page by page when it is wanted again: a tenth of a step or
-    more. What is larger still goes back: kept, its room would fall to pieces, and the process would grow.
-    """
-    mallopt = getattr(ctypes.pythonapi, "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
-    if mallopt:  # another C library may have none
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        mallopt(M_MMAP_THRESHOLD, 2**24)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
 def percent(value):
     """A metric for printing."""
     return "    -" if value is None else f"{value:5.1f}"
 
 
 def write_whole(path, write):
-    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
+    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError.
+
+    The temporary file is in the same folder and has a name of its own, whoever else writes there; as short as may be,
+    for the sake of names that are as long as the file system allows.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -260,29 +255,130 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What a program says: it changes no result, whatever becomes of the words
+
+
+class Console:
+    """A text stream that takes every word: what its encoding lacks is escaped, and what nobody takes is dropped.
+
+    stream: sys.stdout or sys.stderr. Neither is there under pythonw or where the shell has closed it; the reader of a
+    pipe may have ended, as `head` does; a Windows console or a pipe may know cp1252 alone; a disk may be full.
+    """
+
+    def __init__(self, stream):
+        if stream is None or stream.closed:
+            stream = open(os.devnull, "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *arguments):
+        try:
+            function(*arguments)
+        except (OSError, ValueError, RuntimeError):  # ValueError: closed meanwhile; RuntimeError: in a signal's handler
+            with contextlib.suppress(OSError, ValueError):  # what is still in its buffer must not fail at the end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+def make_console_safe():
+    """Let sys.stdout and sys.stderr be a `Console`, and the file descriptors 0 to 2 be no file that is opened later."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, Console) else Console(stream) for stream in (sys.stdout, sys.stderr)
+    )
+
+
+class Progress:
+    """How far a program is, on stderr: tqdm's bar on a terminal, else a line at least every 30 s.
+
+    what   the work, e.g. "evaluate"
+    total  of the things to do, `done` of them before; `unit` is what they are called
+    quiet  says nothing, as in all processes but the first
+
+    A context manager: the bar goes when the block ends.
+    """
+
+    EVERY, BAR_EVERY = 30.0, 3.0  # seconds between lines, and between what is shown beside a bar
+
+    def __init__(self, what, total, done=0, unit="images", quiet=False):
+        self.what, self.total, self.done, self.unit, self.quiet = what, total, done, unit, quiet
+        self.first, self.begin = done, time.monotonic()
+        self.said = self.last = self.begin  # the times of the last line and of the last step
+        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=quiet or None, file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def step(self, count=1, shown=dict):
+        """`count` more are done. shown(): {name: value} to show beside it, called only where it is shown."""
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        every = self.EVERY if self.bar.disable else self.BAR_EVERY
+        late = now + (now - self.last) > self.said + every  # after one more step it would be
+        self.last = now
+        if late and not self.quiet:
+            self.said = now
+            if self.bar.disable:
+                self.say(self.line(shown()), sys.stderr)
+            else:
+                self.bar.set_postfix(shown())
+
+    def line(self, shown):
+        """What is said where there is no terminal: how many are done, how fast, the time left, and what is shown."""
+        rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.begin)
+        left = timedelta(seconds=round((self.total - self.done) / rate))
+        words = [f"{self.done} of {self.total} {self.unit}", f"{rate:.3g} a second", f"{left} left"]
+        return f"{self.what}: " + ", ".join([*words, *(f"{name} {value}" for name, value in shown.items())])
+
+    def say(self, line, file=None):
+        """Print a line, above the bar if there is one; on stdout or in another file."""
+        self.bar.write(line, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
 def run_program(main):
     """Run a program's `main`; bad data, bad input, files that cannot be written, lack of memory and Ctrl-C end it with
-    one line and a status other than 0. Warnings take one line as well.
+    one line and a status other than 0. Warnings take one line as well. What is printed cannot make it fail.
     """
+    make_console_safe()
     program = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()
-    except (DataError, InputError, OSError) as error:
-        sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (MemoryError, NotImplementedError, RuntimeError) as error:
-        if not (reason := resource_error(error)):
+    except Exception as error:
+        if not (reason := reason_of(error)):
             raise
         sys.exit(f"{program}: error: {reason}")
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def resource_error(error):
-    """The line for an exception that says that memory or an operation of the device is missing; else None."""
+def reason_of(error):
+    """The line for an exception that the input, the files or the machine are to blame for; None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
         asked = re.search(r"allocate (?:memory: you tried to allocate )?([\d.]+ ?\w+)", text)
@@ -290,4 +386,4 @@ def resource_error(error):
         return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
     if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
         return f"the device cannot run the model ({text[:150]}); use --device cpu"
-    return None
+    return str(error) if isinstance(error, DataError | InputError | OSError) else None

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checkpoint import load_model
 from cli import (
+    Progress,
     add_compile_argument,
     add_data_arguments,
     add_precision_argument,
@@ -96,20 +96,22 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
     results = [{} for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=rank > 0 or None):
-        if stopping():
-            break
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = model([image.to(device) for image in images], all_layers=per_layer)
-        for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
-            for b, target in enumerate(targets):
-                one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image only
-                if labels:
-                    one["pred_logits"] = one["pred_logits"][..., labels]
-                sizes = [target["size"]], [target["original_size"]]
-                [detections] = postprocess(one, *sizes, max_detections, encode=encode_masks)
-                image_results = coco_results(detections, target["image_id"], dataset.category_ids)
-                found[target["image_id"]] = json.dumps(image_results)
+    with Progress("evaluate", sum(map(len, batches[rank::world])), quiet=rank > 0) as progress:
+        for images, targets in loader:
+            if stopping():
+                break
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                outputs = model([image.to(device) for image in images], all_layers=per_layer)
+            for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
+                for b, target in enumerate(targets):
+                    one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image
+                    if labels:
+                        one["pred_logits"] = one["pred_logits"][..., labels]
+                    sizes = [target["size"]], [target["original_size"]]
+                    [detections] = postprocess(one, *sizes, max_detections, encode=encode_masks)
+                    image_results = coco_results(detections, target["image_id"], dataset.category_ids)
+                    found[target["image_id"]] = json.dumps(image_results)
+            progress.step(len(images))
     if any(gather(stopping())):
         return None
     if parallel:
@@ -275,19 +277,20 @@ def main():
 
     found = detect(model, dataset, device, args.workers, args.per_layer, args.batch_size, args.max_detections,
                    autocast, labels)  # fmt: skip
+    scores = score(dataset, found, args.max_detections, args.per_class) if annotated else None
+    if output and annotated:
+        write_file(output, [json.dumps(scores, indent=1), "\n"])
+    if results:
+        write_results(found[-1], dataset.coco, *results)
+    if output and annotated and args.per_layer:
+        save_layers(scores, output.with_suffix(".png"))
+    if output and annotated and args.per_class:
+        save_classes(scores, output.with_suffix(".classes.png"))
     if annotated:
-        scores = score(dataset, found, args.max_detections, args.per_class)
         print_scores(scores)
-        if output:
-            write_file(output, [json.dumps(scores, indent=1), "\n"])
-            if args.per_layer:
-                save_layers(scores, output.with_suffix(".png"))
-            if args.per_class:
-                save_classes(scores, output.with_suffix(".classes.png"))
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
     if results:
-        write_results(found[-1], dataset.coco, *results)
         print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
 

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -303,44 +302,49 @@ class Trainer:
             signal.signal(number, self.on_signal)
         self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
-        self.progress = tqdm(total=self.stop, initial=self.iteration, desc="train", disable=self.rank > 0 or None)
+        self.progress = cli.Progress("train", self.stop, self.iteration, "iterations", quiet=self.rank > 0)
         evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
         # Where it was interrupted in its evaluation.
         due = self.ends_epoch(args.eval_every) and not distributed.gather(evaluated)[0]
-        stopping = due and self.evaluate()
-        while self.iteration < self.stop and not stopping:
-            model.train()
-            torch.backends.cudnn.benchmark = args.augment  # crops are of one size
-            if self.frozen:
-                model.backbone.eval()
-            factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+        with self.progress:
+            stopping = due and self.evaluate()
+            while self.iteration < self.stop and not stopping:
+                model.train()
+                torch.backends.cudnn.benchmark = args.augment  # crops are of one size
+                if self.frozen:
+                    model.backbone.eval()
+                factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
 
-            before = time.perf_counter()
-            loaded = [next(batches) for _ in range(args.accumulate)]
-            self.waited += time.perf_counter() - before
-            loaded = [to_device(batch, self.device) for batch in loaded]
-            torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
-            optimizer.zero_grad()
-            terms, stopping = backward(parallel, self.criterion, loaded, self.autocast, scaler, bool(self.signals))
-            if scaler:
-                scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            self.check_finite(terms, norm, loaded)
-            if scaler:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+                before = time.perf_counter()
+                loaded = [next(batches) for _ in range(args.accumulate)]
+                self.waited += time.perf_counter() - before
+                loaded = [to_device(batch, self.device) for batch in loaded]
+                torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
+                optimizer.zero_grad()
+                terms, stopping = backward(parallel, self.criterion, loaded, self.autocast, scaler, bool(self.signals))
+                if scaler:
+                    scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                self.check_finite(terms, norm, loaded)
+                if scaler:
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
 
-            self.iteration += 1
-            self.count(terms, schedule.lr * factor)
-            if self.ends_epoch() or self.iteration == self.stop or self.iteration % args.save_every == 0 or stopping:
-                self.save(keep="previous.pt")
-            if self.ends_epoch(args.eval_every) and not stopping:
-                stopping = self.evaluate()
-        self.progress.close()
+                self.iteration += 1
+                self.count(terms, schedule.lr * factor)
+                if (
+                    self.ends_epoch()
+                    or self.iteration == self.stop
+                    or self.iteration % args.save_every == 0
+                    or stopping
+                ):
+                    self.save(keep="previous.pt")
+                if self.ends_epoch(args.eval_every) and not stopping:
+                    stopping = self.evaluate()
         if stopping:
             distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 
@@ -370,7 +374,7 @@ class Trainer:
         self.seen += self.schedule.step_size
         for name, term in terms.items():
             self.window[name] = self.window.get(name, 0) + term
-        self.progress.update()
+        self.progress.step(shown=lambda: self.shown(lr))
         if self.iteration % LOG_EVERY and self.iteration != self.schedule.iterations:
             return
         window, self.window = self.whole_window(), {}
@@ -387,18 +391,23 @@ class Trainer:
             "images_per_second": self.seen / (now - self.since),
             "waiting": self.waited / (now - self.since),  # share of the time in which there was no batch
         }
-        shown = {"loss": f"{means['loss']:.2f}"}
-        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
-        for kind, names in kinds.items():
-            weighted = [self.criterion.weights[n] * mean for n, mean in means.items() if n.startswith(names)]
-            shown[kind] = f"{sum(weighted):.2f}"
-        shown |= {"lr": f"{lr:.1e}", "img/s": f"{entry['images_per_second']:.1f}", "wait": f"{entry['waiting']:.0%}"}
         if self.device.type == "cuda":
             entry["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            shown["GiB"] = f"{entry['gpu_gib']:.1f}"
         self.log.write(json.dumps(entry | means) + "\n")
-        self.progress.set_postfix(shown)
         self.since, self.waited, self.seen = now, 0.0, 0
+
+    def shown(self, lr):
+        """What is shown beside the progress: the weighted terms since the last line of the log, rates and memory."""
+        steps, span = (self.iteration - 1) % LOG_EVERY + 1, time.perf_counter() - self.since
+        sums = {"loss": self.window["loss"]}
+        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
+        for kind, names in kinds.items():
+            sums[kind] = sum(self.criterion.weights[n] * v for n, v in self.window.items() if n.startswith(names))
+        shown = {name: f"{float(value) / steps:.2f}" for name, value in sums.items()}
+        shown |= {"lr": f"{lr:.1e}", "img/s": f"{self.seen / span:.1f}", "wait": f"{self.waited / span:.0%}"}
+        if self.device.type == "cuda":
+            shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        return shown
 
     def whole_window(self):
         """The window's sums as means over the processes, of which some may have no denoising terms; on the CPU."""
@@ -436,7 +445,7 @@ class Trainer:
                 (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
             self.log.write(json.dumps(self.evaluations[-1]) + "\n")
             box, mask = (cli.percent(scores[kind]["AP"]) for kind in ("box", "mask"))
-            self.progress.write(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
+            self.progress.say(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
         return False
 
@@ -444,7 +453,6 @@ class Trainer:
 def main():
     args = parse_arguments()
     device, rank, local_rank, world = distributed.join_processes(cli.choose_device(args.device))
-    cli.keep_freed_memory(device)
     distributed.together(lambda: local_rank == 0 and cli.generate_shapes(args))
     trainer = distributed.together(lambda: Trainer(args, device, rank, world))
     distributed.require_same(

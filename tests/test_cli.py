@@ -4,9 +4,7 @@ The programs run in this process, as their files do at their end; `test_as_a_use
 """
 
 import argparse
-import ctypes
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -452,29 +450,6 @@ def disagree(rank):
             raise DataError(f"file of {rank}: is missing")
 
     cli.run_program(lambda: distributed.together(step))
-
-
-@pytest.mark.skipif(not hasattr(ctypes.pythonapi, "mallopt"), reason="the C library is not glibc")
-def test_freed_memory_is_kept():
-    """16 tensors of 12 MB, made ten times, take new pages from the system each time, and afterwards no more."""
-    code = """if True:
-        import resource, torch, cli
-
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(10):
-                [torch.zeros(3 * 2**20) for _ in range(16)]
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        before = faults()
-        cli.keep_freed_memory(torch.device("cpu"))
-        faults()
-        print(before, faults())"""
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent)}
-    environment.pop("GLIBC_TUNABLES", None)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
-    assert after < before / 20
 
 
 def test_processes_agree(tmp_path):
