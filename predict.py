@@ -2,118 +2,80 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 from checkpoint import load_model
-from cli import (
-    add_compile_argument,
-    add_precision_argument,
-    choose_device,
-    compile_layers,
-    count,
-    positive,
-    run_program,
-    use_precision,
-    write_whole,
-)
 from config import InputError
-from data import eval_transform
-from detections import postprocess
+from detections import detect
 from drawing import draw_instances, is_drawing, save_png, side_by_side
 from formats.coco import coco_results, encode_masks
 from formats.images import DECODER_ERRORS, DataError, read_image
 
 # Suffixes of what PIL decodes by itself; the formats named are those that it only recognises.
-EXTENSIONS = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-}
-
-
-def predict(model, image, device, score_threshold=0.0, max_detections=100, encode=None, autocast=None):
-    """Detections of one image: (3, H, W) uint8 RGB -> {scores, labels, boxes, masks}, on the CPU, see `postprocess`."""
-    [detections] = predict_layers(model, image, device, [None], score_threshold, max_detections, encode, autocast)
-    return detections
-
-
-@torch.inference_mode()
-def predict_layers(model, image, device, layers, score_threshold=0.0, max_detections=100, encode=None, autocast=None):
-    """As `predict`, a list of the detections of several decoder layers: 0 is the decoder's input, None the last."""
-    resized = eval_transform(*model.config.test_size)(image).to(device)
-    last = model.config.decoder_layers
-    with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
-        outputs = model([resized], all_layers=any(layer not in (None, last) for layer in layers))
-    outputs = [*outputs.get("aux_outputs", [None] * last), outputs]
-    sizes = [resized.shape[1:]], [tuple(image.shape[1:])]
-    found = []
-    for layer in layers:
-        predictions = outputs[last if layer is None else layer]
-        [detections] = postprocess(predictions, *sizes, max_detections, score_threshold, encode)
-        found.append({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in detections.items()})
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What goes in
+OTHERS = "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"
+EXTENSIONS = {x for x, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in OTHERS}
+LINE = ",\n"  # between the entries of a list
+BAD_NAME = errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ  # where a disk cannot have the name of an overlay
 
 
 def find_images(paths, recursive, output):
-    """The image files named, and those in the folders named, sorted: a list of paths. Raises DataError.
+    """The image files named and those in the folders named, sorted, each once: a list of paths. Raises DataError.
 
     What folders hold besides is counted on stderr; overlays that an earlier run left in `output` are no images.
     """
-    found = []
+    found, others = {}, Counter()
     for path in map(Path, paths):
-        if path.is_file():
-            found.append(path)
-        elif not path.is_dir():
+        if not path.exists():
             raise DataError(f"{path}: no such image or folder; check the path")
+        try:
+            inside = list(search(path, recursive, output, others, set())) if path.is_dir() else [path]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+        if not inside:
+            raise DataError(f"{path}: no image in this folder{'' if recursive else '; --recursive looks deeper'}")
+        for image in inside:
+            found.setdefault(os.path.join(os.path.realpath(image.parent), image.name), image)
+    if others:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(10))
+        print(f"predict.py: left out: {others.total()} entries of folders, most of them {kinds}", file=sys.stderr)
+    return list(found.values())
+
+
+def search(folder, recursive, output, others, seen):
+    """Yields the images in a folder, those of its folders last; counts what else is there in `others`.
+
+    Linked folders are followed, but none is read twice, since a link may lead back: `seen` holds those that were.
+    """
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.is_symlink(), path.name)):
+        if path.is_dir():
+            if not recursive:
+                others["folders (--recursive reads them)"] += 1
+            elif path.resolve() not in seen:
+                yield from search(path, recursive, output, others, seen)
+        elif path.name.startswith("._"):
+            others["._*"] += 1
+        elif path.suffix.lower() not in EXTENSIONS:
+            others[path.suffix.lower() or "without suffix"] += 1
+        elif not path.is_file():  # a pipe, a link to nowhere
+            others["not a file"] += 1
+        elif output.is_dir() and folder.samefile(output) and is_drawing(path):
+            others["overlays of an earlier run"] += 1
         else:
-            inside, others = search(path, recursive, output)
-            if others:
-                kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(10))
-                more = f" and {len(others) - 10} more kinds" if len(others) > 10 else ""
-                print(f"predict.py: {path}: left out: {kinds}{more}", file=sys.stderr)
-            if not inside:
-                raise DataError(f"{path}: no image in this folder{'' if recursive else '; --recursive looks deeper'}")
-            found += inside
-    return list({os.path.abspath(path): path for path in found}.values())
-
-
-def search(folder, recursive, output):
-    """The image files in a folder, sorted, and a Counter of the kinds of what else is in it. Raises DataError."""
-    found, others = [], Counter()
-
-    def refuse(error):
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the folder's permissions")
-
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        if not recursive:
-            others["folders (--recursive reads them)"] += len(folders)
-            folders.clear()
-        folders.sort()
-        for path in (Path(root, name) for name in sorted(files)):
-            if path.name.startswith("._"):
-                others["._*"] += 1
-            elif path.suffix.lower() not in EXTENSIONS:
-                others[path.suffix.lower() or "without suffix"] += 1
-            elif not path.is_file():  # a pipe, a link to nowhere
-                others["not a file"] += 1
-            elif output.is_dir() and os.path.samefile(root, output) and is_drawing(path):
-                others["overlays of an earlier run"] += 1
-            else:
-                found.append(path)
-    return found, +others
+            yield path
 
 
 def count_pages(path):
@@ -125,113 +87,93 @@ def count_pages(path):
         return 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What comes out
-
-
-def overlay_names(images):
-    """A file name for the overlay of each image, all different, also where capitals do not count."""
-    taken, names = set(), []
+def overlay_names(images, longest=255):
+    """A file name for the overlay of each image, all different, also without capitals, and of at most so many bytes."""
+    names = {}
     for image_id, path in enumerate(images, start=1):
-        name = path.stem
-        while name.lower() in taken:  # longer each time
-            name += f"_{image_id}"
-        taken.add(name.lower())
-        names.append(f"{name}.png")
+        for tries in count():
+            end = f"_{image_id}" * tries + ".png"
+            stem, room = path.stem, longest - len(end) - len(".tmp")
+            if len(os.fsencode(stem)) > room:
+                stem = os.fsencode(stem)[:room].decode(errors="ignore")
+            if (stem + end).lower() not in names:
+                break
+        names[(stem + end).lower()] = stem + end
+    return list(names.values())
+
+
+def claim_output(output, images, lists):
+    """Make the folder and return the names of its overlays. Raises OSError where nothing can be written into it, and
+    InputError where an overlay or one of the lists would replace a file that no earlier run wrote.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=output).close()
+    names = overlay_names(images, os.pathconf(output, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255)
+    try:
+        earlier = all("overlay" in entry for entry in json.loads((output / "images.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    for path in [output / name for name in names] + lists:
+        if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
+            raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
     return names
 
 
-def claim_output(output, images, names):
-    """Make the folder `output`. Raises InputError where a file of these names is there that no earlier run wrote."""
-    output.mkdir(parents=True, exist_ok=True)
-    inputs = {(status.st_dev, status.st_ino) for status in map(os.stat, images)}
-    earlier = is_image_list(output / "images.json")
-    for path in (output / name for name in names if (output / name).exists()):
-        if (path.stat().st_dev, path.stat().st_ino) in inputs:
-            raise InputError(f"{path}: would be written, but is one of the images; choose another --output")
-        if not (is_drawing(path) if path.suffix == ".png" else earlier):
-            raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
+def write_list(path, entries):
+    """Write a JSON list, an entry a line, whole or not at all. Raises OSError."""
+    cli.write_whole(path, lambda temporary: temporary.write_text(f"[{LINE.join(map(json.dumps, entries))}]\n"))
 
 
-def is_image_list(path):
-    """Whether a file is an images.json of this program."""
-    try:
-        return all("overlay" in entry for entry in json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def write_entries(path, entries):
-    """Write a JSON list, an entry a line. Raises OSError."""
-    text = ",\n".join(map(json.dumps, entries))
-    write_whole(path, lambda temporary: temporary.write_text(f"[{text}]\n"))
-
-
-@contextlib.contextmanager
-def growing_list(path):
-    """A JSON list in a file that grows: yields the function that appends a list of entries. Raises OSError.
-
-    It grows in path.tmp, which is renamed at the end of the block, an exception's too. Where the disk is full, the
-    entries of which it takes only a part are missing.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as file:
-        file.write(b"[")
-        whole = 1
-
-        def append(entries):
-            nonlocal whole
-            data = ",\n".join(map(json.dumps, entries)).encode()
-            data = b",\n" + data if entries and whole > 1 else data
-            while data:
-                data = data[file.write(data) :]  # as much as the disk takes, and an error if that is nothing
-            whole = file.tell()
-
+def append(path, entries):
+    """Append to the JSON list in a file, which holds a whole list whatever happens meanwhile. Raises OSError."""
+    with open(path, "r+b", buffering=0) as file:
+        whole = file.seek(-len("]\n"), os.SEEK_END)
+        text = (LINE if entries and whole > len("[") else "") + LINE.join(map(json.dumps, entries)) + "]\n"
+        text = text.encode()
         try:
-            yield append
-        finally:
+            while text:
+                text = text[file.write(text) :]  # as much as the disk takes, and an error if that is nothing
+        except BaseException:
+            file.truncate(whole)
             file.seek(whole)
-            file.truncate()
             file.write(b"]\n")
-            os.replace(temporary, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+            raise
 
 
 def parse_arguments():
     """The flags as a namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
+    add("images", nargs="+", metavar="IMAGE", help="Image files, or folders of them.")
+    add("--checkpoint", required=True, metavar="FILE", help="A checkpoint of train.py or convert.py.")
     add(
         "--output",
         required=True,
         metavar="DIR",
-        help="folder for the overlays, detections.json, and images.json, which lists every image with its id, size, "
-        "overlay and number of detections",
+        help="The folder for the overlays, detections.json, and images.json, which lists every image with its id, "
+        "size, overlay and number of detections.",
     )
-    add("--recursive", action="store_true", help="also take the images in the folders inside of folders")
+    add("--recursive", action="store_true", help="Take the images in folders inside of folders as well.")
     add(
         "--score-threshold",
         type=fraction,
         default=0.3,
         metavar="S",
-        help="leave out detections below this score, 0 to 1 (default: 0.3)",
+        help="Leave out detections below this score, 0 to 1 (default: 0.3).",
     )
-    add("--max-detections", type=positive, default=100, metavar="N", help="at most so many per image (default: 100)")
+    limit = "Keep at most so many detections of an image (default: 100)."
+    add("--max-detections", type=cli.positive, default=100, metavar="N", help=limit)
     add(
         "--layer",
-        type=count,
+        type=cli.count,
         nargs="+",
         metavar="N",
-        help="predictions of decoder layer N instead of the last, 0 being the decoder's input; several are drawn side "
-        "by side, and their detections go to detections_N.json. Name the images before this flag",
+        help="Take the predictions of decoder layer N instead of the last, 0 being the decoder's input. Several are "
+        "drawn side by side, and their detections go to detections_N.json. Name the images before this flag.",
     )
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
-    add_precision_argument(parser)
-    add_compile_argument(parser)
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto).")
+    cli.add_precision_argument(parser)
+    cli.add_compile_argument(parser)
     return parser.parse_args()
 
 
@@ -242,78 +184,88 @@ def fraction(text):
     return float(text)
 
 
-def main():
-    args = parse_arguments()
-    device = choose_device(args.device)
-    output, layers = Path(args.output), list(dict.fromkeys(args.layer or [None]))
-    images = find_images(args.images, args.recursive, output)
-    names = overlay_names(images)
-    files = [f"detections_{layer}.json" for layer in layers] if len(layers) > 1 else ["detections.json"]
-    entries = [new_entry(image_id, path) for image_id, path in enumerate(images, start=1)]
-    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
-        signal.signal(number, signal.default_int_handler)
+@contextlib.contextmanager
+def written_to(output):
+    """Raises InputError for an OSError of the block, which opens no files but those of `output`."""
     try:
-        claim_output(output, images, [*names, "images.json", *files])
-        write_entries(output / "images.json", entries)
-        model, checkpoint = load_model(args.checkpoint, device)
-        autocast = use_precision(model, args.precision, device)
-        if args.compile:
-            compile_layers(model, device)
-        if args.layer and max(layers) > model.config.decoder_layers:
-            raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
-        with contextlib.ExitStack() as stack:
-            stack.callback(write_entries, output / "images.json", entries)
-            appends = [stack.enter_context(growing_list(output / file)) for file in files]
-            stack.callback(print_summary, entries, output)
-            for entry, name in zip(tqdm(entries, desc="predict", disable=None), names, strict=True):
-                detect(model, checkpoint, device, autocast, args, layers, entry, output / name, appends)
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"--output {output}: cannot be written ({reason}); make room or choose another") from None
-    if failures := [entry for entry in entries if "error" in entry]:
-        first = failures[0]["file_name"]
-        raise DataError(f"{len(failures)} images could not be read, the first is {first}; the others are done")
 
 
-def new_entry(image_id, path):
-    """What images.json says of an image that is not done yet."""
-    return {"id": image_id, "file_name": str(path), "width": None, "height": None, "overlay": None, "detections": None}
+def main():
+    args = parse_arguments()
+    device = cli.choose_device(args.device)
+    output, layers = Path(args.output), list(dict.fromkeys(args.layer or [None]))
+    images = find_images(args.images, args.recursive, output)
+    *lists, listing = [output / f"detections_{layer}.json" for layer in layers] + [output / "images.json"]
+    lists = lists if len(layers) > 1 else [output / "detections.json"]
+    with written_to(output):
+        names = claim_output(output, images, [*lists, listing])
+    model, checkpoint = load_model(args.checkpoint, device)
+    if args.layer and max(layers) > model.config.decoder_layers:
+        raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
+    autocast = cli.use_precision(model, args.precision, device)
+    if args.compile:
+        cli.compile_layers(model, device)
+    limits = {"topk": args.max_detections, "score_threshold": args.score_threshold}
+    find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
+        signal.signal(number, signal.default_int_handler)
+    nothing = dict.fromkeys(("width", "height", "overlay", "detections"))
+    entries = [{"id": image_id, "file_name": str(path)} | nothing for image_id, path in enumerate(images, start=1)]
+    try:
+        with written_to(output):
+            for path in [*lists, listing]:
+                write_list(path, [])
+            for entry, name in zip(tqdm(entries, desc="predict", disable=None), names, strict=True):
+                done, *results = predict(entry, find, layers, checkpoint, output / name)
+                for path, some in zip(lists, results, strict=False):
+                    append(path, some)
+                entry |= done
+                append(listing, [entry])
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, where those that are done are listed
+            write_list(listing, entries)
+        done = [entry["detections"] for entry in entries if entry["overlay"]]
+        found = sum(sum(n) if isinstance(n, list) else n for n in done)
+        print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
+    if failed := [entry["file_name"] for entry in entries if "error" in entry]:
+        raise DataError(f"{len(failed)} images could not be done, the first is {failed[0]}; the others are")
 
 
-def detect(model, checkpoint, device, autocast, args, layers, entry, overlay, appends):
-    """Detect objects in the image of an entry of images.json; write overlay and detections, and complete the entry."""
+def predict(entry, find, layers, checkpoint, overlay):
+    """Detect objects in the image of an entry of images.json, and write the overlay.
+
+    find: a function of a list of images, as `detect`. Returns what completes the entry, then COCO's results of every
+    layer; of an image that cannot be read, or whose name is none for the disk, only an entry that says so.
+    """
     path, classes = entry["file_name"], checkpoint["classes"]
+    category_ids = checkpoint.get("category_ids", range(1, len(classes) + 1))
     try:
         image = read_image(path)
-    except DataError as error:
-        entry["error"] = str(error)
-        tqdm.write(f"predict.py: {error}", file=sys.stderr)
-        return
-    if (pages := count_pages(path)) > 1:
-        tqdm.write(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", file=sys.stderr)
-    found = predict_layers(
-        model, image, device, layers, args.score_threshold, args.max_detections, encode_masks, autocast
-    )
-    pictures = [draw_instances(image, detections, classes) for detections in found]
-    if len(layers) > 1:
-        pictures = [side_by_side(pictures, [f"layer {layer}" if layer else "layer 0 (input)" for layer in layers])]
-    write_whole(overlay, lambda temporary: save_png(pictures[0], temporary))
-    category_ids = checkpoint.get("category_ids", range(1, len(classes) + 1))
-    for append, detections in zip(appends, found, strict=True):
-        results = coco_results(detections, entry["id"], category_ids)
-        labels = detections["labels"].tolist()
-        append([r | {"file_name": path, "category": classes[i]} for r, i in zip(results, labels, strict=True)])
+        if (pages := count_pages(path)) > 1:
+            tqdm.write(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", file=sys.stderr)
+        found = [detections for [detections] in find([image])]
+        pictures = [draw_instances(image, detections, classes) for detections in found]
+        if len(layers) > 1:
+            pictures = [side_by_side(pictures, [f"layer {layer}" if layer else "layer 0 (input)" for layer in layers])]
+        cli.write_whole(overlay, lambda temporary: save_png(pictures[0], temporary))
+    except (DataError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in BAD_NAME:
+            raise
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        tqdm.write(f"predict.py: {reason}", file=sys.stderr)
+        return [{"error": reason}]
     counts = [len(detections["scores"]) for detections in found]
-    entry.update(width=image.shape[2], height=image.shape[1], overlay=overlay.name)
-    entry["detections"] = counts if len(layers) > 1 else counts[0]
-
-
-def print_summary(entries, output):
-    """Print how far the program got."""
-    done = [entry["detections"] for entry in entries if entry["overlay"]]
-    count = sum(sum(n) if isinstance(n, list) else n for n in done)
-    print(f"{len(done)} of {len(entries)} images, {count} detections: {output}")
+    done = {"width": image.shape[2], "height": image.shape[1], "overlay": overlay.name}
+    done["detections"] = counts if len(layers) > 1 else counts[0]
+    results = [coco_results(detections, entry["id"], category_ids) for detections in found]
+    names = dict(zip(category_ids, classes, strict=True))
+    more = [[r | {"file_name": path, "category": names[r["category_id"]]} for r in layer] for layer in results]
+    return [done, *more]
 
 
 if __name__ == "__main__":
-    run_program(main)
+    cli.run_program(main)

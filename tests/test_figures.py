@@ -17,7 +17,6 @@ from di import candidate_boxes
 from experiments import figures
 from formats.images import DataError
 from model import build_model
-from predict import predict
 
 pytest.importorskip("matplotlib")
 
@@ -103,7 +102,7 @@ def test_the_same_queries_at_every_layer(checkpoints):
         torch.testing.assert_close((ours[:, :2] + ours[:, 2:]) / 2, boxes[:, :2])
         torch.testing.assert_close(ours[:, 2:] - ours[:, :2], boxes[:, 2:], atol=1e-3, rtol=1e-4)
         assert layer["masks"].shape == (len(queries), 96, 160)
-    best = predict(model, image, "cpu")
+    [[best]] = detect(model, [image])
     assert layers[-1]["scores"][0] == pytest.approx(float(best["scores"][0]), rel=1e-5)
     assert (layers[-1]["scores"].diff() <= 0).all()
     small = figures.detections_of_queries(model, image, 4, "cpu", (48, 80))[1]

@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 import cli
 import predict
 from checkpoint import load_model
+from detections import detect
 from formats.coco import encode_masks
 from formats.images import read_image
 
@@ -109,7 +110,17 @@ def test_only_images_of_a_folder_are_taken(run, folder, tmp_path):
     (folder / "sub" / "loop").symlink_to(folder)
     status, printed, errors = run(folder)
     assert status == 0 and "2 of 2 images" in printed
-    for kind in ("2 .heic", "1 ._*", "1 .txt", "1 .pdf", "1 .mpg", "1 without suffix", "2 not a file", "2 folders"):
+    for kind in (
+        "11 entries",
+        "2 .heic",
+        "1 ._*",
+        "1 .txt",
+        "1 .pdf",
+        "1 .mpg",
+        "1 without",
+        "2 not a file",
+        "2 folders",
+    ):
         assert kind in errors, (kind, errors)
     status, printed, errors = run("--recursive", folder)
     assert status == 0 and "3 of 3 images" in printed and "folders" not in errors
@@ -138,7 +149,7 @@ def test_of_several_pages_the_first_is_taken(run, tmp_path):
 def test_an_unreadable_image_does_not_stop_the_others(run, folder, tmp_path):
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:200])
     line = error_line(run(folder))
-    assert "1 images could not be read" in line and "a.png" in line
+    assert "1 images could not be done" in line and "a.png" in line
     broken, good = read(tmp_path / "out", "images")
     assert "cannot be read" in broken["error"] and broken["overlay"] is None and good["overlay"] == "b.png"
     assert {r["image_id"] for r in read(tmp_path / "out", "detections")} == {2}
@@ -165,7 +176,7 @@ def test_every_image_is_listed(run, folder, tmp_path):
 
 def test_detections_are_those_of_the_model(run, folder, tmp_path, small_checkpoint):
     model, _ = load_model(small_checkpoint)
-    every = predict.predict(model, read_image(folder / "a.png"), "cpu")
+    [[every]] = detect(model, [read_image(folder / "a.png")])
     threshold = every["scores"][4].item()  # as JSON writes it, and above it five
     assert run("--max-detections", 9, folder / "a.png", threshold=threshold)[0] == 0
     results = read(tmp_path / "out", "detections")
@@ -174,8 +185,7 @@ def test_detections_are_those_of_the_model(run, folder, tmp_path, small_checkpoi
     assert np.array_equal(masks, every["masks"][:5].numpy())
     assert run("--max-detections", 9, folder / "a.png")[0] == 0
     assert len(read(tmp_path / "out", "detections")) == 9
-    encoded = predict.predict(model, read_image(folder / "a.png"), "cpu", threshold, 9, encode_masks)
-    assert encoded["masks"] == [r["segmentation"] for r in results]
+    assert encode_masks(every["masks"][:9]) == [r["segmentation"] for r in results]
 
 
 def test_layers_side_by_side(run, folder, tmp_path):
@@ -213,7 +223,7 @@ def test_no_image_is_overwritten(run, folder, tmp_path):
     (tmp_path / "other" / "a.png").symlink_to(folder / "a.png")
     for output in (folder, tmp_path / "link", tmp_path / "other", folder / ".." / "in"):
         line = error_line(run(folder, output=output, checkpoint="none.pt"))
-        assert "a.png: would be written, but is one of the images" in line
+        assert "a.png: would be overwritten, but is not of predict.py" in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -288,17 +298,19 @@ def test_a_full_disk_costs_only_what_it_does_not_take(run, folder, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_a_list_of_detections_stays_whole_where_the_disk_ends(tmp_path):
+def test_a_list_stays_whole_where_the_disk_ends(tmp_path):
+    (tmp_path / "list.json").write_text("[]\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError), predict.growing_list(tmp_path / "list.json") as append:
-            append([])
-            append([{"a": 1}, {"a": 2}])
-            append([{"a": "x" * 100}] * 50)
+        predict.append(tmp_path / "list.json", [])
+        predict.append(tmp_path / "list.json", [{"a": 1}, {"a": 2}])
+        with pytest.raises(OSError):
+            predict.append(tmp_path / "list.json", [{"a": "x" * 100}] * 50)
+        predict.append(tmp_path / "list.json", [{"a": 3}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read(tmp_path, "list") == [{"a": 1}, {"a": 2}]
+    assert read(tmp_path, "list") == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 def no_memory():
@@ -319,13 +331,13 @@ def no_operation():
     (no_operation, "the device cannot run the model"),
 ])  # fmt: skip
 def test_what_the_machine_lacks_is_one_line(run, folder, tmp_path, monkeypatch, fault, says):
-    whole, calls = predict.predict_layers, []
+    calls = []
 
-    def second_time_fails(*args):
+    def second_time_fails(*args, **settings):
         calls.append(1)
-        return fault() if len(calls) > 1 else whole(*args)
+        return fault() if len(calls) > 1 else detect(*args, **settings)
 
-    monkeypatch.setattr(predict, "predict_layers", second_time_fails)
+    monkeypatch.setattr(predict, "detect", second_time_fails)
     result = run(folder)
     assert says in error_line(result) and "1 of 2 images" in result[1]
     assert {r["image_id"] for r in read(tmp_path / "out", "detections")} == {1}
