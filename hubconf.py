@@ -1,83 +1,97 @@
 """Models and predictors for other programs, by PyTorch's convention: torch.hub.load(CLONE, NAME, source="local")."""
 
-import importlib.machinery
+import contextlib
+import dataclasses
+import functools
+import importlib
 import os
 import pathlib
 import sys
+import types
+import zlib
 
-_HERE = pathlib.Path(__file__).resolve().parent
-_ALIAS = "dimaskdino_clone."  # before the names under which modules that had to make room stay in sys.modules
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
 
 dependencies = ["torch", "torchvision", "numpy", "pycocotools", "scipy", "PIL", "tqdm"]
+_HERE = pathlib.Path(__file__).resolve().parent
 
 
-def _import(*names):
-    """Modules of this folder. The calling program may have its own `data` or `model`: what `import` finds under these
-    names stays the same, and so do the modules of this folder when it is loaded again."""
-    roots = {path.stem for path in _HERE.glob("*.py")} - {"hubconf", "setup"} | {"formats"}
-    path = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != _HERE]
-    named = lambda: [name for name in sys.modules if name.split(".")[0] in roots]  # noqa: E731
-    theirs = {name: sys.modules.pop(name) for name in named() if not _is_ours(sys.modules[name])}
-    shared = {name.split(".")[0] for name in theirs}
-    shared |= {name for name in roots if _is_module(importlib.machinery.PathFinder.find_spec(name, path))}
-    sys.modules.update({name.removeprefix(_ALIAS): sys.modules[name] for name in sys.modules if _ALIAS in name})
-    sys.path.insert(0, str(_HERE))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(_HERE))
-        for name in named():
-            if name.split(".")[0] in shared:
-                sys.modules[_ALIAS + name] = sys.modules.pop(name)
-        sys.modules.update(theirs)
+def _modules(*names):
+    """Modules of this folder, private to it: the calling program, or another clone, may have a `data` or a `model`.
+
+    What `import` finds under these names stays as it was. In sys.modules ours have names with a mark of the folder, so
+    that loading it again gives the same ones, and what looks for a class or a function by its module finds it.
+    """
+    alias = lambda name: f"dimaskdino_{zlib.crc32(bytes(_HERE)):x}_{name.replace('.', '_')}"  # noqa: E731
+    if alias(names[0]) not in sys.modules:
+        roots = {path.stem for path in _HERE.glob("*.py")} | {"formats"}
+        take = lambda: {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in roots}  # noqa: E731
+        theirs = take()
+        sys.path.insert(0, str(_HERE))
+        try:
+            for name in names:
+                importlib.import_module(name)
+        finally:
+            sys.path.remove(str(_HERE))
+            ours = take()
+            sys.modules.update(theirs)
+        for name, module in ours.items():
+            for value in vars(module).values():
+                if isinstance(value, type | types.FunctionType) and value.__module__ == name:
+                    value.__module__ = alias(name)
+            module.__name__ = alias(name)
+            sys.modules[alias(name)] = module
+    return [sys.modules[alias(name)] for name in names]
 
 
-def _is_ours(module):
-    return _HERE in pathlib.Path(getattr(module, "__file__", None) or "/").resolve().parents
-
-
-def _is_module(spec):
-    return spec is not None and spec.origin is not None  # a mere folder has none
-
-
-_checkpoint, _cli, _config, _coco, _images, _model, _predict = _import(
-    "checkpoint", "cli", "config", "formats.coco", "formats.images", "model", "predict"
+_checkpoint, _config, _detections, _images, _model = _modules(
+    "checkpoint", "config", "detections", "formats.images", "model"
 )
 
 
-def dimaskdino_r50(checkpoint=None, classes=None, **overrides):
-    """DI-MaskDINO with ResNet-50, as a torch.nn.Module in evaluation mode; see its `forward` for what it takes.
+def _entry(preset):
+    """The function of that name, which returns a model."""
+    config = _config.PRESETS[preset]
+
+    def build(checkpoint=None, classes=None, **overrides):
+        if classes is not None:
+            if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+                raise ValueError(f"classes {classes!r}: expected a list of names")
+            if checkpoint is not None:
+                raise ValueError("classes: the checkpoint has its own; leave them out")
+            if (number := overrides.setdefault("num_classes", len(classes))) != len(classes):
+                raise ValueError(f"{len(classes)} classes, but num_classes={number}; give one of them")
+        if checkpoint is None:
+            model = _model.build_model(preset, **overrides).eval()
+        else:
+            model, content = _checkpoint.load_model(checkpoint, overrides=overrides)
+            classes = content["classes"]
+        for name in ("backbone", "di", "bato"):
+            found, expected = getattr(model.config, name), getattr(config, name)
+            if found != expected and name not in overrides:
+                reason = f"is no {preset}, its {name} is {found}, not {expected}"
+                raise ValueError(f"{checkpoint}: {reason}; load another entry")
+        model.classes = None if classes is None else list(classes)
+        return model
+
+    build.__doc__ = f"""{"DI-MaskDINO" if config.di else "Mask DINO"}, as a torch.nn.Module in evaluation mode.
 
     checkpoint  file of train.py or convert.py; None: random weights, the backbone's too
-    classes     without a checkpoint: the names of the classes, instead of COCO's number of them
+    classes     without a checkpoint: the list of the classes' names, instead of the preset's number of them
     overrides   fields of `Config` in config.py; with a checkpoint, those that leave the parameters as they are
 
     The names are `model.classes`, None where there are none. Raises ValueError for what does not fit.
     """
-    return _build("dimaskdino_r50", checkpoint, classes, overrides)
+    return build
 
 
-def maskdino_r50(checkpoint=None, classes=None, **overrides):
-    """Mask DINO with ResNet-50; the arguments are those of `dimaskdino_r50`."""
-    return _build("maskdino_r50", checkpoint, classes, overrides)
+globals().update({preset: _entry(preset) for preset in _config.PRESETS})
 
 
-def dimaskdino_swin_l(checkpoint=None, classes=None, **overrides):
-    """DI-MaskDINO with Swin-L; the arguments are those of `dimaskdino_r50`."""
-    return _build("dimaskdino_swin_l", checkpoint, classes, overrides)
-
-
-def maskdino_swin_l(checkpoint=None, classes=None, **overrides):
-    """Mask DINO with Swin-L; the arguments are those of `dimaskdino_r50`."""
-    return _build("maskdino_swin_l", checkpoint, classes, overrides)
-
-
-def tiny(checkpoint=None, classes=None, **overrides):
-    """The small DI-MaskDINO that train.py trains by default; the arguments are those of `dimaskdino_r50`."""
-    return _build("tiny", checkpoint, classes, overrides)
-
-
-def predictor(checkpoint, device="auto", score_threshold=0.3, max_detections=100):
+class predictor:  # by torch.hub's convention a name of its own, like the models'
     """A function of an image that returns its detections, as predict.py finds them.
 
     checkpoint       file of train.py or convert.py
@@ -88,65 +102,67 @@ def predictor(checkpoint, device="auto", score_threshold=0.3, max_detections=100
     The image: a path; a PIL image; a uint8 array (H, W, 3) RGB; a tensor (3, H, W) RGB, uint8 or float in [0, 1].
     The detections: {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in pixels of the image, masks (k, H, W) bool},
     best first, on the CPU; `predictor.classes[label]` is the name of a class. Files and PIL images are turned upright
-    first. Raises ValueError for a checkpoint or an image that it cannot take.
+    first. Raises ValueError for a checkpoint or an image that it cannot take. A process that has this folder can be
+    sent one: its pickle holds the weights.
     """
-    return _Predictor(checkpoint, device, score_threshold, max_detections)
 
-
-def _build(preset, checkpoint, classes, overrides):
-    if checkpoint is None:
-        if classes is not None:
-            overrides = {"num_classes": len(classes)} | overrides
-        model = _model.build_model(preset, **overrides).eval()
-        if classes is not None and len(classes) != model.config.num_classes:
-            raise ValueError(f"{len(classes)} classes, but num_classes={model.config.num_classes}; give one of them")
-        model.classes = None if classes is None else list(classes)
-        return model
-    if classes is not None:
-        raise ValueError("classes: the checkpoint has its own; leave them out")
-    model, content = _checkpoint.load_model(checkpoint, overrides=overrides)
-    for name in ("backbone", "di", "bato"):
-        found, expected = getattr(model.config, name), getattr(_config.PRESETS[preset], name)
-        if found != expected and name not in overrides:
-            raise ValueError(f"{checkpoint}: is no {preset}, its {name} is {found}, not {expected}; load another entry")
-    model.classes = list(content["classes"])
-    return model
-
-
-class _Predictor:
-    """What `predictor` returns."""
-
-    def __init__(self, checkpoint, device, score_threshold, max_detections):
+    def __init__(self, checkpoint, device="auto", score_threshold=0.3, max_detections=100):
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold {score_threshold}: must be between 0 and 1")
         if max_detections < 1:
             raise ValueError(f"max_detections {max_detections}: must be 1 or more")
-        self.device = _cli.choose_device(str(device))
-        self.model, content = _checkpoint.load_model(checkpoint, self.device)
-        self.classes = list(content["classes"])
-        self.limits = score_threshold, max_detections
+        if isinstance(checkpoint, dict):  # of __reduce__
+            model, content = _model.DIMaskDINO(_config.Config(**checkpoint["config"])).eval(), checkpoint
+            model.load_state_dict(content["model"])
+        else:
+            model, content = _checkpoint.load_model(checkpoint)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.classes = model.to(auto if device == "auto" else device), list(content["classes"])
+        self.settings = device, score_threshold, max_detections
 
     def __call__(self, image):
-        return _predict.predict(self.model, _pixels(image), self.device, *self.limits)
+        _, score_threshold, max_detections = self.settings
+        with _without_tf32():
+            images, limits = [_pixels(image)], {"topk": max_detections, "score_threshold": score_threshold}
+            [[found]] = _detections.detect(self.model, images, **limits)
+        return found
+
+    def __reduce__(self):
+        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        content = {"model": weights, "config": dataclasses.asdict(self.model.config), "classes": self.classes}
+        load = functools.partial(torch.hub.load, str(_HERE), "predictor", source="local")
+        return load, (content, *self.settings)
+
+
+@contextlib.contextmanager
+def _without_tf32():
+    """Inside, matrix products and convolutions on a GPU are in float32, as in the programs; then as they were."""
+    matmul, convolutions, name, off = torch.backends.cuda.matmul, torch.backends.cudnn, "allow_tf32", False
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older name may raise
+        convolutions, name, off = convolutions.conv, "fp32_precision", "ieee"
+    theirs = [(part, getattr(part, name)) for part in (matmul, convolutions)]
+    try:
+        for part, _ in theirs:
+            setattr(part, name, off)
+        yield
+    finally:
+        for part, value in theirs:
+            setattr(part, name, value)
 
 
 def _pixels(image):
-    """An image as `predictor` takes it -> (3, H, W) uint8 RGB."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
+    """An image as `predictor` takes it -> (3, H, W) uint8 RGB. Raises ValueError."""
     found = f"a {type(image).__name__}"
     if isinstance(image, str | os.PathLike):
         return _images.read_image(image)
-    if isinstance(image, Image.Image):
-        if not image.mode.startswith(("I", "F")):  # more than 8 bits: PIL would clip them
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+    if isinstance(image, PIL.Image.Image):
         found = f"a PIL image of mode {image.mode}"
+        if not image.mode.startswith(("I", "F")):  # more than 8 bits: PIL would clip them
+            image = np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-            return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         found = f"an array of {image.dtype}, shape {image.shape}"
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, torch.Tensor):
         found = f"a tensor of {image.dtype}, shape {tuple(image.shape)}"
         if image.dim() == 3 and image.shape[0] == 3 and image.numel():

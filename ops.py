@@ -1,5 +1,6 @@
 """The op of deformable attention: the compiled one of csrc and which devices it serves, and its plain PyTorch form."""
 
+import filecmp
 import math
 import shlex
 import sys
@@ -23,9 +24,13 @@ def load_op():
     for device, name in (("cpu", "_C"), ("cuda", "_C_cuda")):
         path = folder / f"{name}.torch-{version}.so"
         others = [other.stem.removeprefix(f"{name}.torch-") for other in folder.glob(f"{name}.torch-*.so")]
-        if path.exists():
+        loaded = [other for other in torch.ops.loaded_libraries if Path(other).name == path.name]  # by another clone
+        if path.exists() and loaded and not filecmp.cmp(path, loaded[0], shallow=False):
+            reasons[device] = f"is another one than this process uses already ({loaded[0]})"
+        elif path.exists():
             try:
-                torch.ops.load_library(path)
+                if not loaded:  # the same operators twice would abort the process
+                    torch.ops.load_library(path)
                 reasons[device] = None
             except OSError as error:
                 reasons[device] = f"does not load ({str(error).splitlines()[0]})"
@@ -37,9 +42,10 @@ def load_op():
     return reasons
 
 
+REGISTERED = hasattr(torch.ops.dimaskdino, "ms_deform_attn")  # by another clone of this repository in the process
 WITHOUT_OP = load_op()
 
-if WITHOUT_OP["cpu"] is None:
+if WITHOUT_OP["cpu"] is None and not REGISTERED:
 
     @torch.library.register_fake("dimaskdino::ms_deform_attn")
     def _output_like(value, level_shapes, sampling_locations, attention_weights):

@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
@@ -50,7 +49,7 @@ def find_images(paths, recursive, output):
             found.setdefault(os.path.join(os.path.realpath(image.parent), image.name), image)
     if others:
         kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(10))
-        print(f"predict.py: left out: {others.total()} entries of folders, most of them {kinds}", file=sys.stderr)
+        print(f"predict.py: left out: {others.total()} entries, most of them {kinds}", file=sys.stderr)
     return list(found.values())
 
 
@@ -93,7 +92,7 @@ def overlay_names(images, longest=255):
     for image_id, path in enumerate(images, start=1):
         for tries in count():
             end = f"_{image_id}" * tries + ".png"
-            stem, room = path.stem, longest - len(end) - len(".tmp")
+            stem, room = path.stem, longest - len(end)
             if len(os.fsencode(stem)) > room:
                 stem = os.fsencode(stem)[:room].decode(errors="ignore")
             if (stem + end).lower() not in names:
@@ -199,8 +198,8 @@ def main():
     device = cli.choose_device(args.device)
     output, layers = Path(args.output), list(dict.fromkeys(args.layer or [None]))
     images = find_images(args.images, args.recursive, output)
-    *lists, listing = [output / f"detections_{layer}.json" for layer in layers] + [output / "images.json"]
-    lists = lists if len(layers) > 1 else [output / "detections.json"]
+    listing = output / "images.json"
+    lists = [output / ("detections.json" if len(layers) == 1 else f"detections_{layer}.json") for layer in layers]
     with written_to(output):
         names = claim_output(output, images, [*lists, listing])
     model, checkpoint = load_model(args.checkpoint, device)
@@ -219,12 +218,15 @@ def main():
         with written_to(output):
             for path in [*lists, listing]:
                 write_list(path, [])
-            for entry, name in zip(tqdm(entries, desc="predict", disable=None), names, strict=True):
-                done, *results = predict(entry, find, layers, checkpoint, output / name)
-                for path, some in zip(lists, results, strict=False):
-                    append(path, some)
-                entry |= done
-                append(listing, [entry])
+            with cli.Progress("predict", len(entries)) as progress:
+                say = partial(progress.say, file=sys.stderr)
+                for entry, name in zip(entries, names, strict=True):
+                    done, *results = predict(entry, find, layers, checkpoint, output / name, say)
+                    for path, some in zip(lists, results, strict=False):
+                        append(path, some)
+                    entry |= done
+                    append(listing, [entry])
+                    progress.step()
     finally:
         with contextlib.suppress(OSError):  # of a full disk, where those that are done are listed
             write_list(listing, entries)
@@ -235,7 +237,7 @@ def main():
         raise DataError(f"{len(failed)} images could not be done, the first is {failed[0]}; the others are")
 
 
-def predict(entry, find, layers, checkpoint, overlay):
+def predict(entry, find, layers, checkpoint, overlay, say):
     """Detect objects in the image of an entry of images.json, and write the overlay.
 
     find: a function of a list of images, as `detect`. Returns what completes the entry, then COCO's results of every
@@ -246,7 +248,7 @@ def predict(entry, find, layers, checkpoint, overlay):
     try:
         image = read_image(path)
         if (pages := count_pages(path)) > 1:
-            tqdm.write(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", file=sys.stderr)
+            say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken")
         found = [detections for [detections] in find([image])]
         pictures = [draw_instances(image, detections, classes) for detections in found]
         if len(layers) > 1:
@@ -256,7 +258,7 @@ def predict(entry, find, layers, checkpoint, overlay):
         if isinstance(error, OSError) and error.errno not in BAD_NAME:
             raise
         reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        tqdm.write(f"predict.py: {reason}", file=sys.stderr)
+        say(f"predict.py: {reason}")
         return [{"error": reason}]
     counts = [len(detections["scores"]) for detections in found]
     done = {"width": image.shape[2], "height": image.shape[1], "overlay": overlay.name}

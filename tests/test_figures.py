@@ -13,6 +13,7 @@ from programs import NARROW
 from checkpoint import save_checkpoint
 from config import InputError
 from data import eval_transform
+from detections import detect
 from di import candidate_boxes
 from experiments import figures
 from formats.images import DataError

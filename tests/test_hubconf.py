@@ -1,7 +1,10 @@
 """Models and predictors by torch.hub, in this process and in one that has modules of the same names."""
 
+import pickle
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import predict
 from checkpoint import load_model
 from config import PRESETS
+from detections import detect
 from formats.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ def photo(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def detect(small_checkpoint):
+def predictor(small_checkpoint):
     return load("predictor", checkpoint=small_checkpoint, device="cpu")
 
 
@@ -41,11 +44,11 @@ def same(found, expected):
 
 
 def test_the_predictor_takes_every_form_of_an_image(small_checkpoint, photo):
-    detect = load("predictor", checkpoint=small_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
+    predictor = load("predictor", checkpoint=small_checkpoint, device="cpu", score_threshold=0.001, max_detections=20)
     upright = read_image(photo)
     assert upright.shape == (3, 70, 50)
-    expected = predict.predict(load_model(small_checkpoint)[0], upright, "cpu", 0.001, 20)
-    assert expected["masks"].shape == (20, 70, 50) and detect.classes[3] == "kind 3"
+    [[expected]] = detect(load_model(small_checkpoint)[0], [upright], topk=20, score_threshold=0.001)
+    assert expected["masks"].shape == (20, 70, 50) and predictor.classes[3] == "kind 3"
     array = upright.permute(1, 2, 0).numpy()
     for image in (
         photo,
@@ -59,9 +62,9 @@ def test_the_predictor_takes_every_form_of_an_image(small_checkpoint, photo):
         upright / 255,
         (upright / 255).double(),
     ):
-        assert same(detect(image), expected)
+        assert same(predictor(image), expected)
     grey = Image.open(photo).convert("L")
-    assert same(detect(grey), detect(grey.convert("RGB")))
+    assert same(predictor(grey), predictor(grey.convert("RGB")))
 
 
 @pytest.mark.parametrize("image, found", [
@@ -75,13 +78,14 @@ def test_the_predictor_takes_every_form_of_an_image(small_checkpoint, photo):
     (torch.zeros(1, 3, 9, 9), r"a tensor of torch.float32, shape \(1, 3, 9, 9\)"),
     (torch.zeros(9, 9, 3), r"shape \(9, 9, 3\)"),
     (torch.zeros(3, 9, 9, dtype=torch.int64), "a tensor of torch.int64"),
+    (torch.zeros(3, 9, 9, dtype=torch.complex64), "a tensor of torch.complex64"),
     (torch.full((3, 9, 9), 200.0), "values from 200 to 200"),
     (torch.full((3, 9, 9), float("nan")), "values from nan"),
     (Image.new("F", (9, 9)), "a PIL image of mode F"),
 ])  # fmt: skip
-def test_anything_else_gets_an_error_that_says_what_is_expected(detect, image, found):
+def test_anything_else_gets_an_error_that_says_what_is_expected(predictor, image, found):
     with pytest.raises(ValueError, match=found + r".*; expected a path, .*\(3, H, W\) RGB"):
-        detect(image)
+        predictor(image)
 
 
 def test_a_predictor_of_wrong_arguments(small_checkpoint, tmp_path):
@@ -91,16 +95,16 @@ def test_a_predictor_of_wrong_arguments(small_checkpoint, tmp_path):
         load("predictor", checkpoint=small_checkpoint, max_detections=0)
     with pytest.raises(ValueError, match="no such checkpoint"):
         load("predictor", checkpoint=tmp_path / "none.pt")
-    detect = load("predictor", checkpoint=small_checkpoint)
+    predictor = load("predictor", checkpoint=small_checkpoint)
     with pytest.raises(ValueError, match="none.jpg: no such image"):
-        detect(tmp_path / "none.jpg")
+        predictor(tmp_path / "none.jpg")
 
 
 def test_one_entry_for_every_preset():
     with torch.device("meta"):
         for preset, config in PRESETS.items():
             model = load(preset)
-            assert model.config == config and model.classes is None and not model.training
+            assert asdict(model.config) == asdict(config) and model.classes is None and not model.training
         model = load("dimaskdino_r50", classes=["cat", "dog"], decoder_layers=3)
     assert (model.config.num_classes, model.config.decoder_layers, model.classes) == (2, 3, ["cat", "dog"])
 
@@ -116,28 +120,60 @@ def test_a_model_of_a_checkpoint(tiny_checkpoint):
         load("tiny", checkpoint=tiny_checkpoint, classes=["cat"])
     with pytest.raises(ValueError, match="2 classes, but num_classes=3"):
         load("tiny", classes=["cat", "dog"], num_classes=3)
+    for classes in ("cat", {"cat": 0}, ["cat", 1]):
+        with pytest.raises(ValueError, match="classes .*cat.*: expected a list of names"):
+            load("tiny", classes=classes)
 
 
 PROGRAM = """
-import sys, torch
-import data                                # the program's own, imported before
-detect = torch.hub.load(sys.argv[1], "predictor", source="local", checkpoint=sys.argv[2], score_threshold=0.0)
-first = detect(sys.argv[3])
+import pickle, shutil, sys, torch
+from PIL import Image
+import data, formats                       # the program's own, imported before
+from formats import reader
+clone, other, checkpoint, photo = sys.argv[1:]
+
+def state():
+    return Image.MAX_IMAGE_PIXELS, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, [*sys.path]
+
+def load(folder):
+    return torch.hub.load(folder, "predictor", source="local", checkpoint=checkpoint, score_threshold=0.0, device="cpu")
+
+before = state()
+first = load(clone)
+scores = first(photo)["scores"]
 import model, config                       # its own, imported afterwards
-again = torch.hub.load(sys.argv[1], "predictor", source="local", checkpoint=sys.argv[2], score_threshold=0.0)
-assert torch.equal(first["scores"], again(sys.argv[3])["scores"]) and len(first["scores"]) == 100
+assert len(scores) == 100 and torch.equal(scores, load(clone)(photo)["scores"])
+second = load(other)                       # another version, which halves the scores
+assert torch.equal(second(photo)["scores"], scores / 2) and torch.equal(first(photo)["scores"], scores)
+third = load(clone)
+assert torch.equal(third(photo)["scores"], scores) and type(third.model) is type(first.model) is not type(second.model)
 assert (data.NAME, model.NAME, config.NAME) == ("my data", "my model", "my config")
 import data
-assert data.NAME == "my data"
+assert data.NAME == "my data" and sys.modules["formats.reader"] is reader and "detections" not in sys.modules
+assert state() == before
+pickle.dump((first, scores), open("predictor.pickle", "wb"))
 """
 
 
-def test_a_program_keeps_its_own_modules(tiny_checkpoint, photo, tmp_path):
+def test_a_program_keeps_its_own_modules_and_settings_beside_those_of_two_clones(tiny_checkpoint, photo, tmp_path):
     """Our modules have names that others have too, and torch.hub puts our folder before theirs."""
-    for name in ("data", "model", "config"):
-        (tmp_path / f"{name}.py").write_text(f"NAME = 'my {name}'\n")
-    (tmp_path / "images").mkdir()  # a mere folder, as many have
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "program.py", ROOT, tiny_checkpoint, photo]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    other = tmp_path / "other"
+    shutil.copytree(ROOT, other, ignore=lambda folder, names: {
+        name for name in names if name != "formats" and not name.endswith((".py", ".so"))
+    })  # fmt: skip
+    text = (other / "detections.py").read_text()
+    halved = text.replace("final, order = final[kept].sort(", "final, order = (final[kept] / 2).sort(")
+    assert text != halved
+    (other / "detections.py").write_text(halved)
+    program = tmp_path / "program"
+    (program / "formats").mkdir(parents=True)
+    for name in ("data", "model", "config", "formats/__init__", "formats/reader"):
+        (program / f"{name}.py").write_text(f"NAME = 'my {name}'\n")
+    (program / "images").mkdir()  # a mere folder, as many have
+    checkpoint = shutil.copy(tiny_checkpoint, tmp_path / "checkpoint.pt")
+    command = [sys.executable, "-c", PROGRAM, ROOT, other, checkpoint, photo]
+    result = subprocess.run(command, cwd=program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    Path(checkpoint).unlink()  # a pickle needs it no more
+    sent, scores = pickle.loads((program / "predictor.pickle").read_bytes())
+    assert torch.equal(sent(photo)["scores"], scores) and sent.classes[3] == "kind 3"
