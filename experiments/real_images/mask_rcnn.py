@@ -1,4 +1,4 @@
-"""The rival, torchvision's Mask R-CNN with ResNet-18 and FPN, trained from random weights on one core:
+"""The rival, torchvision's Mask R-CNN on an FPN of the same backbone, trained on one core:
 python -m experiments.real_images.mask_rcnn --data-root DIR --epochs N --output DIR.
 """
 
@@ -11,37 +11,62 @@ from pathlib import Path
 import torch
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_convert
+from torchvision.ops import FeaturePyramidNetwork, box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from backbone import build_backbone
 from checkpoint import read_checkpoint, read_log, save_checkpoint
-from cli import positive, run_program
+from cli import count, positive, run_program
 from config import InputError
 from data import CocoInstances, seed_of, train_batches
 from eval import average_precision
 from formats.coco import coco_paths, coco_results
-from train import lr_factor
+from train import RECIPES, lr_factor
+from weights import load_backbone_weights
 
-WARMUP, DROPS, WEIGHT_DECAY, CLIP_NORM = 100, (0.8, 0.95), 0.05, 10.0  # schedule of preset tiny
+CLIP_NORM = 10.0
 LOG_EVERY, SAVE_EVERY = 20, 100  # iterations
 
 
-def build_mask_rcnn(num_classes, samples=64, max_detections=100):
-    """Mask R-CNN with GroupNorm in its ResNet-18, as in preset tiny, and anchors of 8 to 128 pixels.
+class Pyramid(torch.nn.Module):
+    """A backbone of backbone.py with torchvision's FPN on its four maps, 256 channels, and the pooled map above."""
 
-    samples: boxes per image on which the heads learn, a quarter of them positive; torchvision's 512 is for GPUs.
-    max_detections: per image. Labels begin with 1.
+    out_channels = 256
+
+    def __init__(self, name):
+        super().__init__()
+        self.body = build_backbone(name)
+        self.fpn = FeaturePyramidNetwork(self.body.channels, self.out_channels, LastLevelMaxPool())
+
+    def forward(self, images):
+        """images (B, 3, H, W), normalised. Returns {name: map (B, 256, H/s, W/s)}, s = 4, 8, 16, 32, 64."""
+        return self.fpn(dict(zip("0123", self.body(images), strict=True)))
+
+
+def build_mask_rcnn(num_classes, backbone="mobilenet_v2", anchor=16, samples=64, max_detections=100):
+    """Mask R-CNN with a randomly initialised backbone; labels begin with 1.
+
+    anchor: side of the smallest anchor in pixels; each level's is twice that of the one before, five levels
+    samples: boxes per image on which the heads learn, a quarter of them positive; torchvision's 512 is for GPUs
+    max_detections: per image
     """
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=lambda channels: torch.nn.GroupNorm(32, channels),
-        trainable_layers=5,
-    )  # fmt: skip
-    anchors = AnchorGenerator(tuple((size,) for size in (8, 16, 32, 64, 128)), ((0.5, 1.0, 2.0),) * 5)
+    anchors = AnchorGenerator(tuple((anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(
-        backbone, num_classes + 1, rpn_anchor_generator=anchors, box_batch_size_per_image=samples,
+        Pyramid(backbone), num_classes + 1, rpn_anchor_generator=anchors, box_batch_size_per_image=samples,
         box_detections_per_img=max_detections, _skip_resize=True,
     )  # fmt: skip
+
+
+def build_optimizer(model, args):
+    """AdamW as for the other systems, or SGD as in torchvision's reference; the pretrained backbone at a lower rate."""
+    body = list(model.backbone.body.parameters())
+    of_body = set(body)
+    rest = [parameter for parameter in model.parameters() if parameter not in of_body]
+    groups = [{"params": rest, "base_lr": args.lr}, {"params": body, "base_lr": args.lr * args.backbone_factor}]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(groups, args.lr, weight_decay=0.05, fused=True)
 
 
 def rcnn_targets(targets, height, width):
@@ -111,7 +136,14 @@ def parse_arguments(argv=None):
     )
     add("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
     add("--batch-size", type=positive, default=2, help="images per step (default: 2)")
-    add("--lr", type=float, default=5e-4, help="learning rate of AdamW (default: 5e-4)")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="(default: adamw, as for the other systems)")
+    add("--lr", type=float, default=4e-4, help="learning rate (default: 4e-4)")
+    add("--backbone-factor", type=float, default=0.1, help="factor on the rate for the backbone (default: 0.1)")
+    add("--warmup", type=count, default=RECIPES["small"].warmup, metavar="ITERATIONS", help="(default: as for small)")
+    add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="of the drops (default: as for small)")
+    add("--backbone", default="mobilenet_v2", help="as for train.py (default: mobilenet_v2)")
+    add("--backbone-weights", metavar="FILE", help="pretrained weights of it, as for train.py (default: random)")
+    add("--anchor", type=positive, default=16, help="side of the smallest anchors in pixels (default: 16)")
     add("--samples", type=positive, default=64, help="boxes per image on which the heads learn (default: 64)")
     add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, required=True, metavar=("MIN", "MAX"), help="range of the scale jitter")
@@ -132,8 +164,13 @@ class Run:
         self.val_set = CocoInstances(*coco_paths(args.data_root, "val"), False, args.test_size)
         self.total = math.ceil(args.epochs * len(self.train_set) / args.batch_size)
         torch.manual_seed(args.seed)
-        self.model = build_mask_rcnn(len(self.train_set.classes), args.samples)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+        self.config = {"backbone": args.backbone, "anchor": args.anchor, "samples": args.samples}
+        self.model = build_mask_rcnn(len(self.train_set.classes), **self.config)
+        if args.backbone_weights:
+            load_backbone_weights(self.model.backbone.body, args.backbone_weights)
+        self.optimizer = build_optimizer(self.model, args)
+        recipe = RECIPES["small"]
+        self.milestones = args.milestones or [round(m / recipe.iterations * self.total) for m in recipe.milestones]
         self.iteration, self.seconds = 0, 0.0  # seconds of training, without evaluations
         self.output.mkdir(parents=True, exist_ok=True)
         if (self.output / "checkpoint.pt").exists():
@@ -146,7 +183,7 @@ class Run:
         self.log = open(self.output / "log.jsonl", "a", buffering=1)
 
     def save(self):
-        config = {"system": "mask_rcnn", "test_size": self.args.test_size, "samples": self.args.samples}
+        config = {"system": "mask_rcnn", "test_size": self.args.test_size, "model": self.config}
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": config}
         content |= {"classes": self.train_set.classes, "iteration": self.iteration, "seconds": self.seconds}
         save_checkpoint(self.output / "checkpoint.pt", content)
@@ -184,8 +221,7 @@ class Run:
             batch = next(batches)  # before the seed: a loader that starts draws a random number
             torch.manual_seed(seed_of(args.seed, 2, self.iteration))
             for group in self.optimizer.param_groups:
-                milestones = [round(drop * self.total) for drop in DROPS]
-                group["lr"] = args.lr * lr_factor(self.iteration, milestones, WARMUP)
+                group["lr"] = group["base_lr"] * lr_factor(self.iteration, self.milestones, args.warmup)
             terms = step(self.model, self.optimizer, *batch)
             self.iteration += 1
             self.seconds += time.perf_counter() - start

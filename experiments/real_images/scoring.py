@@ -30,7 +30,7 @@ def open_run(folder):
     checkpoint = read_checkpoint(path)
     if checkpoint["config"].get("system") == "mask_rcnn":
         config = checkpoint["config"]
-        model = mask_rcnn.build_mask_rcnn(len(checkpoint["classes"]), config["samples"], max(LIMITS))
+        model = mask_rcnn.build_mask_rcnn(len(checkpoint["classes"]), **config["model"], max_detections=max(LIMITS))
         model.load_state_dict(checkpoint["model"])
         return lambda images, sizes: [mask_rcnn.detect(model, images, sizes)], config["test_size"]
     model, _ = load_model(path)
