@@ -142,7 +142,7 @@ def parse_arguments(argv=None):
     add("--warmup", type=count, default=RECIPES["small"].warmup, metavar="ITERATIONS", help="(default: as for small)")
     add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="of the drops (default: as for small)")
     add("--backbone", default="mobilenet_v2", help="as for train.py (default: mobilenet_v2)")
-    add("--backbone-weights", metavar="FILE", help="pretrained weights of it, as for train.py (default: random)")
+    add("--backbone-weights", metavar="NAME-OR-FILE", help="pretrained, as for train.py (default: none)")
     add("--anchor", type=positive, default=16, help="side of the smallest anchors in pixels (default: 16)")
     add("--samples", type=positive, default=64, help="boxes per image on which the heads learn (default: 64)")
     add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
@@ -166,7 +166,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.config = {"backbone": args.backbone, "anchor": args.anchor, "samples": args.samples}
         self.model = build_mask_rcnn(len(self.train_set.classes), **self.config)
-        if args.backbone_weights:
+        if args.backbone_weights not in (None, "none"):
             load_backbone_weights(self.model.backbone.body, args.backbone_weights)
         self.optimizer = build_optimizer(self.model, args)
         recipe = RECIPES["small"]

@@ -1,4 +1,4 @@
-"""Scores a finished run of any of the systems, at each decoder layer, with up to 100 and up to 400 detections an image:
+"""Scores a finished run of any of the systems, at each decoder layer and for each class:
 python -m experiments.real_images.scoring RUN --data-root DIR.
 """
 
@@ -12,52 +12,39 @@ import torch
 from checkpoint import load_model, read_checkpoint
 from cli import run_program
 from data import CocoInstances
-from detections import postprocess
+from detections import detect
 from eval import average_precision
 from experiments.real_images import mask_rcnn
 from formats.coco import coco_paths, coco_results, encode_masks
-
-LIMITS = (100, 400)  # COCO's number of detections per image, and one that reaches the fullest image
 
 
 def open_run(folder):
     """The detector of a run's checkpoint, and the two sides of its test size.
 
-    The detector takes images of `eval_transform` and output sizes, and returns per decoder layer, from 0 on, the
-    detections of each image; a single layer for Mask R-CNN.
+    The detector takes images as `eval_transform` gives them and output sizes, and returns per decoder layer, from 0 on,
+    the detections of each image; a single layer for Mask R-CNN.
     """
     path = Path(folder) / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
-    if checkpoint["config"].get("system") == "mask_rcnn":
-        config = checkpoint["config"]
-        model = mask_rcnn.build_mask_rcnn(len(checkpoint["classes"]), **config["model"], max_detections=max(LIMITS))
+    config = checkpoint["config"]
+    if config.get("system") == "mask_rcnn":
+        model = mask_rcnn.build_mask_rcnn(len(checkpoint["classes"]), **config["model"])
         model.load_state_dict(checkpoint["model"])
         return lambda images, sizes: [mask_rcnn.detect(model, images, sizes)], config["test_size"]
     model, _ = load_model(path)
-    return partial(detect_layers, model), model.config.test_size
-
-
-@torch.inference_mode()
-def detect_layers(model, images, output_sizes):
-    """Detections of our models per layer and image, all queries; masks as RLE."""
-    outputs = model(images, all_layers=True)
-    sizes = [image.shape[1:] for image in images], output_sizes
-    return [
-        postprocess(layer, *sizes, topk=max(LIMITS), encode=encode_masks)
-        for layer in (*outputs["aux_outputs"], outputs)
-    ]
+    layers = range(model.config.decoder_layers + 1)
+    return partial(detect, model, layers=layers, encode=encode_masks), model.config.test_size
 
 
 def score(detector, dataset):
-    """{"100": [AP of each layer, as `average_precision` gives it], "400": [...]} of a detector of `open_run`."""
+    """[AP of each layer, as `average_precision` gives it] of a detector of `open_run`."""
     results = None
     for image, target in dataset:  # one at a time: padding would change what a model sees
         layers = detector([image], [target["original_size"]])
         results = results or [[] for _ in layers]
         for found, [detections] in zip(results, layers, strict=True):
             found += coco_results(detections, target["image_id"], dataset.category_ids)
-    return {str(limit): [average_precision(dataset.coco, found, dataset.image_ids, limit) for found in results]
-            for limit in LIMITS}  # fmt: skip
+    return [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
 
 
 def parse_arguments(argv=None):
