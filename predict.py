@@ -35,21 +35,23 @@ def find_images(paths, recursive, output):
 
     What folders hold besides is counted on stderr; overlays that an earlier run left in `output` are no images.
     """
-    found, others = {}, Counter()
+    found = {}
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such image or folder; check the path")
+        others = Counter()
         try:
             inside = list(search(path, recursive, output, others, set())) if path.is_dir() else [path]
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+        left_out = f"left out: {others.total()}, most of them "
+        left_out += ", ".join(f"{number} {kind}" for kind, number in others.most_common(10)) or "none"
         if not inside:
-            raise DataError(f"{path}: no image in this folder{'' if recursive else '; --recursive looks deeper'}")
+            raise DataError(f"{path}: no image in this folder ({left_out})")
+        if others:
+            print(f"predict.py: {path}: {left_out}", file=sys.stderr)
         for image in inside:
             found.setdefault(os.path.join(os.path.realpath(image.parent), image.name), image)
-    if others:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(10))
-        print(f"predict.py: left out: {others.total()} entries, most of them {kinds}", file=sys.stderr)
     return list(found.values())
 
 
@@ -234,7 +236,7 @@ def main():
         found = sum(sum(n) if isinstance(n, list) else n for n in done)
         print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
-        raise DataError(f"{len(failed)} images could not be done, the first is {failed[0]}; the others are")
+        raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 
 
 def predict(entry, find, layers, checkpoint, overlay, say):

@@ -1,5 +1,6 @@
 """predict.py on good and on bad input: what it takes, what it writes, what it refuses and what it keeps."""
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from programs import program
 from pycocotools import mask as mask_utils
 
 import cli
+import drawing
 import predict
 from checkpoint import load_model
 from detections import detect
@@ -82,10 +84,11 @@ def test_every_kind_of_image(run, tmp_path):
     for mode in ("L", "RGBA", "P"):
         image.convert(mode).save(folder / f"{mode}.png")
     Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
+    image.save(folder / ("가" * 83 + ".png"))  # 253 bytes, as many as a name can have but two
     Image.new("RGB", (3, 2)).save(folder / "L.bmp")  # far below 60 tokens; its overlay must not replace L.png's
     assert run(folder)[0] == 0
     overlays = {path.name for path in output.glob("*.png")}
-    assert {"rotated.png", "L.png", "RGBA.png", "P.png", "16bit.png"} < overlays and len(overlays) == 6
+    assert {"rotated.png", "L.png", "RGBA.png", "P.png", "16bit.png"} < overlays and len(overlays) == 7
     with Image.open(output / "rotated.png") as upright:
         assert upright.height > upright.width
     results = read(output, "detections")
@@ -108,31 +111,25 @@ def test_only_images_of_a_folder_are_taken(run, folder, tmp_path):
     (folder / "sub" / "deep").mkdir(parents=True)
     picture((30, 30)).save(folder / "sub" / "deep" / "a.jpg")
     (folder / "sub" / "loop").symlink_to(folder)
+    (tmp_path / "store").mkdir()
+    picture((30, 30)).save(tmp_path / "store" / "c.png")
+    for link in ("sub/day1", "day2"):
+        (folder / link).symlink_to(tmp_path / "store")
     status, printed, errors = run(folder)
     assert status == 0 and "2 of 2 images" in printed
-    for kind in (
-        "11 entries",
-        "2 .heic",
-        "1 ._*",
-        "1 .txt",
-        "1 .pdf",
-        "1 .mpg",
-        "1 without",
-        "2 not a file",
-        "2 folders",
-    ):
+    for kind in ("12, most", "2 .heic", "1 ._*", "1 .txt", "1 .pdf", "1 .mpg", "1 without", "2 not a", "3 folders"):
         assert kind in errors, (kind, errors)
     status, printed, errors = run("--recursive", folder)
-    assert status == 0 and "3 of 3 images" in printed and "folders" not in errors
+    assert status == 0 and "4 of 4 images" in printed and "folders" not in errors
     names = [Path(entry["file_name"]).relative_to(folder).as_posix() for entry in read(tmp_path / "out", "images")]
-    assert names == ["a.png", "b.jpg", "sub/deep/a.jpg"]
-    assert [entry["overlay"] for entry in read(tmp_path / "out", "images")] == ["a.png", "b.png", "a_3.png"]
+    assert names == ["a.png", "b.jpg", "sub/deep/a.jpg", "sub/day1/c.png"]
+    assert [entry["overlay"] for entry in read(tmp_path / "out", "images")] == ["a.png", "b.png", "a_3.png", "c.png"]
 
 
 def test_a_folder_without_images_is_an_error(run, tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     picture((30, 30)).save(tmp_path / "in" / "sub" / "a.jpg")
-    assert "no image in this folder; --recursive" in error_line(run(tmp_path / "in"))
+    assert "no image in this folder (left out: 1, most of them 1 folders (--rec" in error_line(run(tmp_path / "in"))
     assert "none: no such image or folder" in error_line(run(tmp_path / "none"))
     assert not (tmp_path / "out").exists()
 
@@ -149,9 +146,24 @@ def test_of_several_pages_the_first_is_taken(run, tmp_path):
 def test_an_unreadable_image_does_not_stop_the_others(run, folder, tmp_path):
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:200])
     line = error_line(run(folder))
-    assert "1 images could not be done" in line and "a.png" in line
+    assert "1 of 2 images could not be done" in line and "a.png" in line
     broken, good = read(tmp_path / "out", "images")
     assert "cannot be read" in broken["error"] and broken["overlay"] is None and good["overlay"] == "b.png"
+    assert {r["image_id"] for r in read(tmp_path / "out", "detections")} == {2}
+
+
+def test_a_name_that_the_disk_cannot_have_does_not_stop_the_others(run, folder, tmp_path, monkeypatch):
+    def save(picture, path):  # as to a stick for Windows, which has no name with a colon
+        if len(calls) == 0:
+            calls.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        drawing.save_png(picture, path)
+
+    calls = []
+    monkeypatch.setattr(predict, "save_png", save)
+    assert "1 of 2 images could not be done" in error_line(run(folder))
+    bad, good = read(tmp_path / "out", "images")
+    assert bad["error"] == f"{folder}/a.png: Invalid argument" and good["overlay"] == "b.png"
     assert {r["image_id"] for r in read(tmp_path / "out", "detections")} == {2}
 
 
@@ -211,6 +223,10 @@ def test_names_of_overlays_are_all_different():
     images = [Path(p) for p in ("a.jpg", "b/a.bmp", "a_2.jpg", "A.png", "a_2_3.tif", "a_2.gif", "c.tar.png", ".png")]
     names = predict.overlay_names(images)
     assert len({name.lower() for name in names}) == len(images) and names[0] == "a.png" and names[6] == "c.tar.png"
+    images = [Path(folder, "가" * 60 + name) for folder in "ab" for name in ("", "1.png", "2.png", ".png")]
+    names = predict.overlay_names(images, longest=143)  # bytes, as in an encrypted home
+    assert len(set(names)) == len(images) and all(name.endswith(".png") for name in names)
+    assert all(100 < len(name.encode()) <= 143 for name in names)
 
 
 # What is refused
