@@ -1,16 +1,25 @@
 """Pictures: instances over an image, and box and mask AP of every decoder layer as bars."""
 
 import colorsys
+import contextlib
 import sys
+import unicodedata
+import warnings
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as mask_utils
+from torch.nn.functional import pad
 
 from formats.images import DECODER_ERRORS
 
 FILL = 70  # opacity of a mask's inside, of 255: what is below stays visible
+# Fonts of Linux, Windows and macOS that Pillow looks for by their names; matplotlib, where it is installed, finds all.
+FONTS = "DejaVuSans.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "wqy-microhei.ttc", "malgun.ttf"
+FONTS += "msyh.ttc", "meiryo.ttc", "Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "Hiragino Sans GB.ttc"
 MARK = "DI-MaskDINO drawing.py"  # in every PNG, so that no other is overwritten
 
 
@@ -20,13 +29,13 @@ def class_colour(label):
     return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, (0.95, 0.6, 0.95)[turn], (1, 1, 0.75)[turn]))
 
 
-def draw_instances(image, instances, classes):
+def draw_instances(image, instances, classes, letters=None):
     """Instances over an image: masks as a light fill with a contour, boxes, names on a ground of the class's colour.
 
     image (3, H, W) uint8; instances {labels (n,), boxes (n, 4) xyxy in its pixels, masks (n, H, W) bool or n of COCO's
     RLE, and for detections scores (n,), best first}; classes: names by label. Small images are enlarged so that names
-    can be read; a name for which there is no room left is not drawn, its colour tells the class.
-    Returns (3, H', W') uint8, H' and W' the same whole multiple of H and W.
+    can be read; a name for which there is no room left is not drawn, its colour tells the class. letters: their size in
+    pixels, in proportion to the image where it is None. Returns (3, H', W') uint8, the same whole multiple of H and W.
     """
     factor = -(-512 // max(image.shape[1:])) if max(image.shape[1:]) < 512 else 1
     image = image.permute(1, 2, 0).cpu().numpy().repeat(factor, 0).repeat(factor, 1)
@@ -41,9 +50,11 @@ def draw_instances(image, instances, classes):
     draw = ImageDraw.Draw(canvas)
     for label, box in reversed(list(zip(labels, boxes, strict=True))):
         draw.rectangle(clipped(box, canvas.size), outline=class_colour(label), width=max(1, line // 2))
-    scores = instances["scores"].tolist() if "scores" in instances else [None] * len(labels)
-    names = [classes[i] + ("" if score is None else f" {score:.2f}") for i, score in zip(labels, scores, strict=True)]
-    draw_names(draw, canvas.size, names, labels, boxes)
+    scores = (
+        [f" {score:.2f}" for score in instances["scores"].tolist()] if "scores" in instances else [""] * len(labels)
+    )
+    names = [(name + score, font) for (name, font), score in zip(lettering(classes, labels), scores, strict=True)]
+    draw_names(draw, canvas.size, names, labels, boxes, letters or max(11, round(max(canvas.size) / 65)))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
@@ -70,13 +81,57 @@ def paste_mask(canvas, mask, factor, line, colour):
     canvas.paste(colour, (columns[0].item() * factor, rows[0].item() * factor), Image.fromarray(opacity))
 
 
-def draw_names(draw, size, names, labels, boxes):
+def lettering(classes, labels):
+    """[(what is written for a label, the file of a font that has its letters or None for Pillow's own)] of labels.
+
+    It is the name in one line; where that is empty, or no font of the system has all its letters, the class's number.
+    """
+    names = [unicodedata.normalize("NFC", str(classes[label])) for label in labels]
+    names = ["".join(filter(str.isprintable, " ".join(name.split()))) for name in names]
+    fonts = [font_with(name) if name else "" for name in names]
+    shown = zip(names, fonts, labels, strict=True)
+    return [(f"class {label}", None) if font == "" else (name, font) for name, font, label in shown]
+
+
+@cache
+def font_with(name):
+    """The file of a font with the letters of a name and digits; None for Pillow's own, "" where there is none."""
+    for path in (None, *system_fonts()):
+        with contextlib.suppress(OSError):  # it is not there, or has bitmaps of one size
+            font = load_font(path, 16)
+            shapes = [font.getmask(letter) for letter in "\uffff0123456789." + name if letter != " "]
+            missing, *shapes = [(shape.size, bytes(shape)) for shape in shapes]  # \uffff is no letter in any font
+            if missing not in shapes:
+                return path and font.path
+    warnings.warn(f"no font of this system has the letters of {name}; pictures show the class's number", stacklevel=2)
+    return ""
+
+
+@cache
+def system_fonts():
+    """The files of the system's fonts, plain ones first."""
+    with contextlib.suppress(ImportError):
+        from matplotlib.font_manager import findSystemFonts
+
+        fancy = "bold italic oblique light thin black serif mono condensed lastresort".split()
+        key = lambda path: (sum(word in Path(path).name.lower() for word in fancy), path)  # noqa: E731
+        return *FONTS, *sorted(findSystemFonts(), key=key)
+    return FONTS
+
+
+@cache
+def load_font(path, size):
+    """Pillow's font of a file, or its own, in letters of so many pixels. Raises OSError."""
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def draw_names(draw, size, names, labels, boxes, letters):
     """Names in letters that contrast with their ground, the first ones first; none over another or over an object."""
     width, height = size
-    font = ImageFont.load_default(max(11, round(max(size) / 65)))
     boxes = np.array([clipped(box, size) for box in boxes]).reshape(-1, 4)
     taken = np.zeros((0, 4))
-    for i, (name, label, (x0, y0, x1, y1)) in enumerate(zip(names, labels, boxes.tolist(), strict=True)):
+    for i, ((name, path), label, (x0, y0, x1, y1)) in enumerate(zip(names, labels, boxes.tolist(), strict=True)):
+        font = load_font(path, letters)
         left, top, right, bottom = draw.textbbox((0, 0), name, font=font)
         w, h = right + left, bottom + top  # the same margin on all sides
         # Above the box, inside it, below it, at its right end above and inside.
@@ -110,6 +165,29 @@ def side_by_side(pictures, titles):
         column = torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), picture], 1)
         columns += [column, column.new_full((3, column.shape[1], max(4, width // 100)), 255)]
     return torch.cat(columns[:-1], 2)
+
+
+def draw_rows(columns, height=512):
+    """Pictures in aligned rows of one height, with names that can be read.
+
+    columns: a list of columns, each a list with (image, instances, classes) for every row, of images of one size: what
+    `draw_instances` takes, the masks as a tensor. An image more than four times as wide as high becomes less high.
+    Returns (3, H', W') uint8.
+    """
+    rows = [[] for _ in columns[0]]
+    for column in columns:
+        for row, (image, instances, classes) in zip(rows, column, strict=True):
+            old = image.shape[1:]
+            scale = min(height / old[0], 3 * height / old[1])
+            new = [max(1, round(scale * n)) for n in old]
+            kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+            image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(new[::-1], kind)
+            y, x = (((torch.arange(n) + 0.5) * before / n).long() for n, before in zip(new, old, strict=True))
+            boxes = instances["boxes"].cpu() * torch.tensor([new[1] / old[1], new[0] / old[0]] * 2)
+            resized = instances | {"boxes": boxes, "masks": instances["masks"].cpu()[:, y][:, :, x]}
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            row.append(pad(draw_instances(image, resized, classes, 20), (0, 4, 0, height + 4 - new[0]), value=255))
+    return torch.cat([torch.cat(row, 2) for row in rows], 1)
 
 
 def save_png(image, path):
@@ -155,7 +233,11 @@ def draw_classes(axes, classes):
     order = np.argsort(np.nan_to_num(np.add(values["box"], values["mask"]), nan=-1), kind="stable")
     for kind, offset, colour in (("box", 0.2, "tab:orange"), ("mask", -0.2, "tab:blue")):
         axes.barh(np.arange(len(order)) + offset, np.take(values[kind], order), 0.38, label=f"{kind} AP", color=colour)
-    axes.set_yticks(range(len(order)), [classes[i]["name"] for i in order], fontsize=8, parse_math=False)
+    names = lettering([entry["name"] for entry in classes], order.tolist())
+    axes.set_yticks(range(len(order)), [name for name, _ in names], fontsize=8, parse_math=False)
+    for tick, (_, path) in zip(axes.get_yticklabels(), names, strict=True):
+        if path:
+            tick.set(font=Path(path), fontsize=8)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("AP")
     axes.grid(axis="x", linewidth=0.5)

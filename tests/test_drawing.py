@@ -1,13 +1,25 @@
 """Pictures of instances, and the bars of box and mask AP."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from drawing import class_colour, draw_instances, is_drawing, save_layers, save_png, side_by_side
+import drawing
+from drawing import (
+    class_colour,
+    draw_instances,
+    draw_rows,
+    is_drawing,
+    lettering,
+    save_classes,
+    save_layers,
+    save_png,
+    side_by_side,
+)
 from formats.coco import encode_masks
 
 GREY = 90
@@ -69,6 +81,37 @@ def test_names_contrast_with_their_ground(label):
     assert np.abs(letters - own).max() > 100
 
 
+ANY_SCRIPT = ["kind", "", "\n", 7, "a\tb", "é", "e\u0301", "Ключ", "너트", "螺栓", "\ue000", "\u200b"]
+
+
+@pytest.fixture
+def dejavu(monkeypatch):
+    """The only font of the system has Latin and Cyrillic letters."""
+    matplotlib = pytest.importorskip("matplotlib")
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    monkeypatch.setattr(drawing, "system_fonts", lambda: ["none.ttf", str(path)])
+    drawing.font_with.cache_clear()
+    yield str(path)
+    drawing.font_with.cache_clear()
+
+
+def test_a_name_is_written_in_a_font_that_has_its_letters_or_else_as_a_number(dejavu, tmp_path):
+    with pytest.warns(UserWarning, match="no font of this system has the letters of ") as warned:
+        shown = lettering(ANY_SCRIPT, range(len(ANY_SCRIPT)))
+    assert [text for text, _ in shown] == [
+        "kind", "class 1", "class 2", "7", "a b", "é", "é", "Ключ", "class 8", "class 9", "class 10", "class 11"
+    ]  # fmt: skip
+    assert [i for i, (_, font) in enumerate(shown) if font == dejavu] == [5, 6, 7]
+    assert len(warned) == 2  # of the Korean and the Chinese name, once each
+    drawn = draw_instances(image(), instances(*[(9, 90, 99, 99)] * 2, labels=[7, 1]), ANY_SCRIPT)
+    other = draw_instances(image(), instances(*[(9, 90, 99, 99)] * 2, labels=[7, 1]), ["class 1"] * 7 + ["Клюв"])
+    assert (drawn != other).any()  # its last letter is another one
+    save_classes({"classes": [{"name": name, "box": 9.0, "mask": 9.0} for name in ANY_SCRIPT]}, tmp_path / "a.png")
+    save_classes({"classes": [{"name": name, "box": 9.0, "mask": 9.0} for name, _ in shown]}, tmp_path / "b.png")
+    a, b = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("a.png", "b.png"))
+    assert np.array_equal(a, b)
+
+
 def test_letters_grow_with_the_image():
     heights = []
     for factor in (1, 5):
@@ -111,6 +154,26 @@ def test_side_by_side(tmp_path):
     drawn = side_by_side([left, right], ["layer 0 (input)", "layer 3"])
     assert torch.equal(drawn[:, -50:, :60], left) and torch.equal(drawn[:, -50:, -60:], right)
     assert (drawn[:, :-50, :60] < 100).any() and (drawn[:, :-50, -60:] < 100).any()  # letters
+
+
+def test_rows_are_aligned(tmp_path):
+    columns = []
+    for size in ((600, 900), (900, 600), (64, 64), (40, 800), (700, 5)):
+        height, width = size
+        found = instances((0, 0, width // 2, height), size=size)
+        columns.append([(image(size), found, CLASSES), (image(size), instances(size=size), CLASSES)])
+    drawn = draw_rows(columns, height=512)
+    assert drawn.dtype == torch.uint8 and drawn.shape == (3, 2 * 516, 772 + 345 + 516 + 1540 + 8)
+    white = (drawn == 255).all(0)
+    for row in (drawn[:, :512], drawn[:, 516:-4]):
+        left = 0
+        for width, height in ((768, 512), (341, 512), (512, 512), (1536, 77), (4, 512)):
+            assert not white[:height, left : left + width].all(0).any() and white[height:512, left : left + width].all()
+            assert white[:, left + width : left + width + 4].all()
+            assert (row[:, height // 2, left + width - 1] == GREY).all()  # the right half is in no mask
+            left += width + 4
+    lower = drawn[:, 516:-4][:, :, :768]
+    assert (lower == GREY).all() and (drawn[:, 256, 1:384] != GREY).any(0).all()  # the left half above
 
 
 def test_own_pictures_are_known(tmp_path):
