@@ -1,11 +1,10 @@
-"""Multi-scale deformable attention (Deformable DETR, Sec. 4.1) and the sine position embeddings of points and boxes."""
+"""Multi-scale deformable attention (Deformable DETR, Sec. 4.1), feed-forward networks, and sine positions of boxes."""
 
 import math
+from functools import partial, wraps
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ops import ms_deform_attn
@@ -43,33 +42,71 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(self, query, reference, tokens, level_shapes, level_sizes=None):
-        """query (B, Q, C), its position included; tokens (B, S, C); reference (B or 1, Q, 2) points or (B, Q, 4)
-        cxcywh boxes, in [0, 1]; level_shapes [(H, W), ...], and level_sizes what `sizes_of` makes of them, where it is
-        at hand. Returns (B, Q, C).
+    def forward(self, query, reference, tokens, level_shapes):
+        """query (B, Q, C), its position included; reference (B or 1, Q, 2) points or (B, Q, 4) cxcywh boxes, in [0, 1];
+        tokens (B, S, C); level_shapes [(H, W), ...]. Returns (B, Q, C).
 
         Offsets are in cells of each level around a point, and in units of size / (2 P) around a box.
         """
         B, Q, _ = query.shape
         shape = (B, Q, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(tokens).view(B, tokens.shape[1], self.num_heads, -1)
-        both = self.sampling_offsets, self.attention_weights  # in one projection: autocast casts the query once
-        weight, bias = torch.cat([p.weight for p in both]), torch.cat([p.bias for p in both])
-        offsets, weights = F.linear(query, weight, bias).split([p.out_features for p in both], -1)
-        offsets, reference = offsets.view(*shape, 2), reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            sizes = sizes_of(level_shapes, reference) if level_sizes is None else level_sizes
-            locations = torch.addcdiv(reference, offsets, sizes[:, None])
+            locations = reference + offsets / level_sizes(level_shapes, reference)[:, None]
         else:
-            locations = torch.addcmul(reference[..., :2], offsets, reference[..., 2:], value=0.5 / self.num_points)
+            locations = reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.num_points)
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
-        weights = weights.view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
 
 
-def sizes_of(level_shapes, like):
+def level_sizes(level_shapes, like):
     """Width and height of all levels, (L, 2), in dtype and device of `like`; made there: no copy to wait for."""
     return torch.stack([torch.stack([like.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
+
+
+class FeedForward(nn.Module):
+    """The second half of every transformer layer here: LayerNorm(x + W2 ReLU(W1 x)), (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(x + self.linear2(self.linear1(x).relu()))
+
+
+class MLP(nn.Module):
+    """`num_layers` linear layers with ReLU between them: (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, num_layers):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def xavier_matrices_(module):
+    """Xavier-uniform values for every matrix below `module`, as transformer layers start; the rest stays as it is."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, MSDeformAttn):
+            child.reset_parameters()
+
+
+def recompute(module, *args):
+    """Returns module(*args). In training the backward pass computes what is inside once more, instead of storing it."""
+    return checkpoint(module, *args, use_reentrant=False) if module.training else module(*args)
 
 
 def sine_embedding(values, dim, temperature=10000):
@@ -107,72 +144,36 @@ def inverse_sigmoid(x, eps=1e-5):
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+def refine(boxes, x, box_head):
+    """Boxes (B, Q, 4), cxcywh in [0, 1], moved in logits by what the box head makes of the queries x (B, Q, C)."""
+    return (in_full_precision(box_head, x) + inverse_sigmoid(boxes)).sigmoid()
+
+
 def full_precision(x):
-    """The tensor, in float32 if it is of a half-precision dtype."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Returns x with half-precision tensors, also those in lists and tuples, in float32."""
+    if isinstance(x, list | tuple):
+        return x._make(map(full_precision, x)) if hasattr(x, "_make") else type(x)(map(full_precision, x))
+    half = torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half else x
 
 
-def in_full_precision(function, *args):
-    """function(*args) without autocast, if it is on, and with half-precision tensors among the arguments in float32.
+def in_full_precision(function, x, *args):
+    """Returns function(x, *args) without autocast, if it is on, and then with half-precision tensors in float32.
 
-    For boxes, and for the scores that decide a selection, which half precision would round to a few values.
+    It is for boxes, and for the scores that decide a selection, which half precision would round to a few values.
     """
-    device = next(x for x in tree_leaves(args) if torch.is_tensor(x)).device
-    if not torch.is_autocast_enabled(device.type):
-        return function(*args)
-    with torch.autocast(device.type, enabled=False):
-        return function(*tree_map_only(torch.Tensor, full_precision, args))
+    device = (x[0] if isinstance(x, list | tuple) else x).device.type
+    if not torch.is_autocast_enabled(device):
+        return function(x, *args)
+    with torch.autocast(device, enabled=False):
+        return function(*full_precision((x, *args)))
 
 
-class MLP(nn.Module):
-    """`num_layers` linear layers with ReLU between them: (..., in_dim) -> (..., out_dim)."""
+def published(method):
+    """Decorates a method that is `in_full_precision` in the published training, where the module's `float32` is set."""
 
-    def __init__(self, in_dim, hidden_dim, out_dim, num_layers):
-        super().__init__()
-        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+    @wraps(method)
+    def chosen(self, *args):
+        return in_full_precision(partial(method, self), *args) if self.float32 else method(self, *args)
 
-    def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
-
-
-class FeedForward(nn.Module):
-    """The second half of every transformer layer here: LayerNorm(x + W2 ReLU(W1 x)), (..., dim) -> (..., dim)."""
-
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.linear1 = nn.Linear(dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, dim)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x):
-        return self.norm(self.unnormed(x))
-
-    def after_norm(self, norm, x):
-        """self(norm(x)). In training the backward pass computes the inner activations, the widest of all, once more.
-
-        On a CPU some tokens at a time, for which 8 MB suffice: large blocks of memory come slowly from the system.
-        """
-        if not self.training:
-            return self(norm(x))
-        rows = x.flatten(0, -2)
-        pieces = rows.split(max(1, 2**21 // self.linear1.out_features)) if x.device.type == "cpu" else [rows]
-        inner = lambda x: self.unnormed(norm(x))  # noqa: E731
-        inner = [checkpoint(inner, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        return self.norm(torch.cat(inner)).view_as(x)
-
-    def unnormed(self, x):
-        """x + W2 ReLU(W1 x). On a matrix: the gradient of a ReLU in place on a view of one would be copied twice."""
-        return x + self.linear2(self.linear1(x.flatten(0, -2)).relu_()).view_as(x)
-
-
-def xavier_matrices_(module):
-    """Xavier-uniform values for every matrix below `module`, as transformer layers start; the rest stays as it is."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
-    for child in module.modules():
-        if isinstance(child, MSDeformAttn):
-            child.reset_parameters()
+    return chosen

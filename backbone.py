@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
+from attention import recompute
 from config import InputError
 
 # Swin transformers: embedding channels, blocks of the third stage, window side, stochastic depth. "_384" are those with
@@ -30,18 +31,29 @@ SWINS = {
 }
 
 
-def build_backbone(name, frozen_batch_norm=True):
-    """A randomly initialised backbone: a ResNet of torchvision.models, "mobilenet_v2" or a name in `SWINS`.
+def build_backbone(name, frozen_batch_norm=True, grad_checkpoint=False):
+    """Returns a randomly initialised backbone: a ResNet of torchvision.models, "mobilenet_v2" or a name in `SWINS`.
 
-    Raises InputError for others.
+    frozen_batch_norm: see `ResNet`. grad_checkpoint: store less in training, see `recompute`. Raises InputError for
+    other names.
     """
-    if name == "mobilenet_v2":
-        return MobileNet(frozen_batch_norm)
     try:
-        return Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
+        if name == "mobilenet_v2":
+            backbone = MobileNet(frozen_batch_norm)
+        else:
+            backbone = Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
     except (ValueError, TypeError, AttributeError):  # torchvision has no such model, or it is no ResNet
         names = f"resnet18, resnet50 or another ResNet of torchvision.models, mobilenet_v2, {', '.join(SWINS)}"
         raise InputError(f"backbone {name!r}: choose {names}") from None
+    backbone.grad_checkpoint = grad_checkpoint
+    return backbone
+
+
+def run_stage(stage, x, grad_checkpoint):
+    """Returns what the blocks of a stage make of x."""
+    for block in stage:
+        x = recompute(block, x) if grad_checkpoint else block(x)
+    return x
 
 
 def group_norm(channels):
@@ -49,25 +61,36 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels)  # 32 groups but for some of MobileNetV2's layers
 
 
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch norm that the convolution before it applies, see `fold_norms`."""
+
+    def forward(self, x):
+        return x
+
+
+class NormedConv(nn.Conv2d):
+    """A convolution and the frozen batch norm behind it, as one: weight times the norm's gain, the shift as bias."""
+
+    def __init__(self, conv, norm):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                         conv.dilation, conv.groups, bias=False)  # fmt: skip
+        self.weight, self.norm = conv.weight, [norm]  # in a list, so that its entries keep their names
+
+    def forward(self, x):
+        [norm] = self.norm
+        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, bias = self.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 def fold_norms(body):
-    """Let every convolution apply the frozen batch norm behind it: one pass over the activations instead of three, none
-    of them stored in float32 under autocast. Parameters, buffers and their names stay as they are.
+    """Let every convolution apply the frozen batch norm behind it: two equivalent ways; this one passes over the
+    activations once instead of three times, and stores none in float32 under autocast. All names stay as they are.
     """
-    for module in body.modules():
-        for conv, norm in pairwise(module.children()):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
-                conv.forward, norm.forward = partial(normed_conv, conv, norm), identity
-
-
-def normed_conv(conv, norm, x):
-    """norm(conv(x)) as one convolution: with its weight times the norm's gain, and the norm's shift as bias."""
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return conv._conv_forward(x, conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain)
-
-
-def identity(x):
-    """x itself, of a norm that its convolution applies."""
-    return x
+    for module in list(body.modules()):
+        for (name, conv), (_, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FoldedNorm):
+                setattr(module, name, NormedConv(conv, norm))
 
 
 class ResNet(nn.Module):
@@ -77,16 +100,17 @@ class ResNet(nn.Module):
     frozen_batch_norm   True: batch norm with fixed statistics and gains (pretrained weights); False: GroupNorm
     """
 
+    grad_checkpoint = False
+
     def __init__(self, name, frozen_batch_norm=True):
         super().__init__()
-        norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
+        norm_layer = FoldedNorm if frozen_batch_norm else group_norm
         self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
-        if frozen_batch_norm:
-            fold_norms(self.body)
+        fold_norms(self.body)
         # With GroupNorm a step on a CPU is a tenth shorter in the plain layout for images of 64 pixels, else no longer.
         self.memory_format = torch.channels_last if frozen_batch_norm else torch.contiguous_format
         self.body.to(memory_format=self.memory_format)
-        self.channels = [stage[0].conv1.in_channels for stage in (self.body.layer2, self.body.layer3, self.body.layer4)]
+        self.channels = [stage[0].conv1.in_channels for stage in self.stages[1:]]
         self.channels.append(self.body.fc.in_features)  # of C2, C3, C4, C5
         del self.body.fc
 
@@ -102,7 +126,7 @@ class ResNet(nn.Module):
         x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
         maps = []
         for stage in self.stages:
-            x = stage(x)
+            x = run_stage(stage, x, self.grad_checkpoint)
             maps.append(x)
         return maps
 
@@ -113,14 +137,14 @@ class MobileNet(nn.Module):
     """
 
     channels = [24, 32, 96, 320]  # of C2, C3, C4, C5
+    grad_checkpoint = False
 
     def __init__(self, frozen_batch_norm=True):
         super().__init__()
-        norm_layer = FrozenBatchNorm2d if frozen_batch_norm else group_norm
+        norm_layer = FoldedNorm if frozen_batch_norm else group_norm
         self.body = torchvision.models.mobilenet_v2(weights=None, norm_layer=norm_layer)
         del self.body.classifier, self.body.features[18]
-        if frozen_batch_norm:
-            fold_norms(self.body)
+        fold_norms(self.body)
         self.body.to(memory_format=torch.channels_last)
 
     @property
@@ -133,7 +157,7 @@ class MobileNet(nn.Module):
         """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
         x, maps = images.contiguous(memory_format=torch.channels_last), []
         for stage in self.stages:
-            x = stage(x)
+            x = run_stage(stage, x, self.grad_checkpoint)
             maps.append(x)
         return maps
 
@@ -175,6 +199,8 @@ class Swin(nn.Module):
     of `SWINS`; the other stages have two blocks, and every head 32 channels.
     """
 
+    grad_checkpoint = False
+
     def __init__(self, embed_dim, third_depth, window, stochastic_depth):
         super().__init__()
         self.channels = [embed_dim * 2**stage for stage in range(4)]  # of C2, C3, C4, C5
@@ -202,6 +228,7 @@ class Swin(nn.Module):
         x = features[0](F.pad(images, (0, -W % 4, 0, -H % 4)))  # (B, H/4, W/4, C)
         maps = []
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
-            x = stage(features[2 * i](x) if i else x)  # patch merging opens every stage but the first
+            x = features[2 * i](x) if i else x  # patch merging opens every stage but the first
+            x = run_stage(stage, x, self.grad_checkpoint)
             maps.append(norm(x).permute(0, 3, 1, 2))
         return maps

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, sine_position, xavier_matrices_
+from attention import FeedForward, recompute, sine_position, xavier_matrices_
 from di import gather_tokens, select
 from encoder import Features, GroupNorm, tokens_to_map
 
@@ -31,7 +31,7 @@ class BATO(nn.Module):
         and 6. With `guidance` other than "q_bal" (Table 5) the tokens of that stage and their boxes stand for Q_bal.
         Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
         """
-        t_i, level_shapes, pixels = features
+        t_i, level_shapes, pixel_features = features
         best, guiding = select(queries.content, heads.scores(queries.content), self.num_guiding)
         t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
         t_g_box = query_pos(gather_tokens(queries.boxes.detach(), guiding))  # Eq. 6
@@ -41,8 +41,8 @@ class BATO(nn.Module):
 
         position = torch.cat([sine_position(*shape, t_i.shape[-1], self.norm.weight) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
-        t_bal = self.ffn.after_norm(self.norm, t_i + attended)  # Eq. 8
+        t_bal = recompute(self.ffn, self.norm(t_i + attended))  # Eq. 8; as in the encoder, to store less
 
         finest = tokens_to_map(t_bal, level_shapes, -1)  # C3's part
-        finest = F.interpolate(finest, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
-        return Features(t_bal, level_shapes, self.pixel_output(pixels + finest)), guiding
+        finest = F.interpolate(finest, size=pixel_features.shape[-2:], mode="bilinear", align_corners=False)
+        return Features(t_bal, level_shapes, self.pixel_output(pixel_features + finest)), guiding

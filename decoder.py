@@ -10,20 +10,27 @@ from attention import (
     FeedForward,
     MSDeformAttn,
     in_full_precision,
-    inverse_sigmoid,
+    published,
+    recompute,
+    refine,
     sine_box,
     xavier_matrices_,
 )
 from di import Queries
 
 
-def mask_logits(embeddings, pixels):
-    """Dot products of mask embeddings (B, Q, C) and pixel features (B, C, h, w) -> (B, Q, h, w), Eq. 11."""
-    return torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
+def masks(predictions):
+    """Returns mask logits (B, Q, H/4, W/4), Eq. 11: dot products of mask_embeddings (B, Q, C) and pixel_features
+    (B, C, H/4, W/4), in the dtype of the latter.
+    """
+    pixel_features = predictions["pixel_features"]
+    return torch.einsum("bqc,bchw->bqhw", predictions["mask_embeddings"].to(pixel_features.dtype), pixel_features)
 
 
 class PredictionHeads(nn.Module):
     """Class, box and mask heads (Eq. 10, 11), one set for every layer and for both selections."""
+
+    masks = staticmethod(masks)  # for DI, whose file this one imports
 
     def __init__(self, config):
         super().__init__()
@@ -38,38 +45,29 @@ class PredictionHeads(nn.Module):
             nn.init.constant_(self.class_head.bias, math.log(config.class_prior / (1 - config.class_prior)))
 
     def scores(self, x):
-        """Class logits (B, S, classes) of tokens x (B, S, C) that decide a selection, never in half precision."""
+        """Returns class logits (B, S, classes) of tokens x (B, S, C) that decide a selection, never in half."""
         return in_full_precision(self.class_head, x)
 
-    def masks(self, x, pixel_features):
-        """Mask logits (B, Q, H/4, W/4): dot products of the normed queries' embeddings and the pixel features."""
-        return mask_logits(self.mask_head(self.norm(x)), pixel_features)
-
     def forward(self, x, boxes, pixel_features):
-        """x (B, Q, C), boxes (B, Q, 4) -> {pred_logits (B, Q, classes), pred_boxes, pred_masks (B, Q, H/4, W/4)}.
-
-        In training also the factors of pred_masks, mask_embeddings (B, Q, C) and pixels (B, C, H/4, W/4): of them the
-        criterion makes the masks of the matched queries, so that the others need no gradient.
-        """
-        normed = self.norm(x)
-        embeddings = self.mask_head(normed)
-        predictions = {
-            "pred_logits": self.class_head(normed),
-            "pred_boxes": boxes,
-            "pred_masks": mask_logits(embeddings, pixel_features),
-        }
-        return predictions | ({"mask_embeddings": embeddings, "pixels": pixel_features} if self.training else {})
-
-    def refine(self, x, boxes):
-        """Reference boxes (B, Q, 4) of the next layer: of a layer's output x (B, Q, C) and its own reference boxes."""
-        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
-
-    def predict_layer(self, x, boxes, pixel_features):
-        """Predictions of a decoder layer: x its output, boxes those that the layer before it gave, with their gradient
-        ("look forward twice", DINO). The queries pass the norm once for the box, twice for class and mask, as released.
+        """x (B, Q, C), boxes (B, Q, 4), pixel_features (B, C, H/4, W/4). Returns a set of predictions: Eq. 10,
+        pred_logits (B, Q, classes) and pred_boxes, and the two factors of Eq. 11, mask_embeddings (B, Q, C) and
+        pixel_features, which `masks` multiplies where somebody reads them.
         """
         x = self.norm(x)
-        return self(x, self.refine(x, boxes), pixel_features)
+        return {
+            "pred_logits": self.class_head(x),
+            "pred_boxes": boxes,
+            "mask_embeddings": self.mask_head(x),
+            "pixel_features": pixel_features,
+        }
+
+    def predict_layer(self, x, boxes, pixel_features):
+        """Returns the predictions of a decoder layer: x its output, boxes those that the layer before it gave, with
+        their gradient ("look forward twice", DINO). The queries pass the norm once for the box, twice for class and
+        mask, as released.
+        """
+        x = self.norm(x)
+        return self(x, refine(boxes, x, self.box_head), pixel_features)
 
 
 class DecoderLayer(nn.Module):
@@ -95,25 +93,30 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The decoder layers and the position MLP that they share."""
 
+    float32 = False
+
     def __init__(self, config):
         super().__init__()
         C = config.hidden_dim
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.position_mlp = MLP(2 * C, C, C, 2)
+        self.grad_checkpoint = config.grad_checkpoint
         xavier_matrices_(self)
 
     def query_pos(self, boxes):
-        """Position tokens (B, Q, C) of boxes (B, Q, 4)."""
+        """Returns the position tokens (B, Q, C) of boxes (B, Q, 4)."""
         return self.position_mlp(sine_box(boxes, self.position_mlp.layers[-1].out_features))
 
-    def forward(self, number, queries, features, heads, attn_mask=None):
-        """One layer by its number, from 0: `Queries` (B, Q, ...) -> `Queries` with its output and its refined boxes.
+    @published
+    def layer(self, queries, features, heads, number, attn_mask=None):
+        """One layer by its number, from 0. Returns `Queries` (B, Q, ...) with its output and its refined boxes.
 
         Layer 0 is Eq. 4 and gives Q_bal, the others Eq. 9; their reference boxes have no gradient, those of layer 0,
         which come from DI, have theirs. attn_mask (Q, Q) bool, True where hidden, or None.
         """
         content, boxes = queries
         boxes = boxes if number == 0 else boxes.detach()
+        args = content, self.query_pos(boxes), boxes, features.tokens, features.level_shapes, attn_mask
         layer = self.layers[number]
-        content = layer(content, self.query_pos(boxes), boxes, features.tokens, features.level_shapes, attn_mask)
-        return Queries(content, heads.refine(content, boxes))
+        content = recompute(layer, *args) if self.grad_checkpoint else layer(*args)
+        return Queries(content, refine(boxes, content, heads.box_head))

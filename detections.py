@@ -9,6 +9,8 @@ from torchvision.ops import box_convert
 from attention import full_precision
 from config import InputError
 from data import eval_transform
+from decoder import masks
+from di import gather_tokens
 
 MASK_PIXELS = 2**24  # of masks that `postprocess` holds as floats at a time: 64 MB
 
@@ -30,13 +32,12 @@ def detect(model, images, output_sizes=None, layers=(None,), topk=100, score_thr
     device = model.encoder.level_embed.device
     output_sizes = output_sizes or [tuple(image.shape[1:]) for image in images]
     resized = [eval_transform(*model.config.test_size)(image).to(device) for image in images]
-    last = model.config.decoder_layers
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        outputs = model(resized, all_layers=any(layer not in (None, last) for layer in layers))
-    predictions = [*outputs.get("aux_outputs", [None] * last), outputs]
+        outputs = model(resized)
+    predictions = [*outputs["aux_outputs"], outputs]
     found = []
     for layer in layers:
-        layer = predictions[last if layer is None else layer]
+        layer = predictions[-1 if layer is None else layer]
         if labels is not None:
             layer = layer | {"pred_logits": layer["pred_logits"][..., labels]}
         sizes = [image.shape[1:] for image in resized], output_sizes
@@ -58,54 +59,62 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.
     bool or, with `encode`, a list}. A score is the class score times the mean mask probability inside the mask.
     Raises InputError where a prediction is NaN or infinite.
     """
-    finite = outputs["pred_logits"].isfinite().all()
-    scores = full_precision(outputs["pred_logits"]).sigmoid().flatten(1)  # (B, Q * classes)
-    scores, picked = scores.topk(min(topk, scores.shape[1]), dim=1)
-    num_classes = outputs["pred_logits"].shape[-1]
-    padded_height, padded_width = (4 * n for n in outputs["pred_masks"].shape[-2:])
+    scores, labels, query, boxes = best_queries(outputs, topk)
+    padded = [4 * n for n in outputs["pixel_features"].shape[-2:]]
     detections = []
     for b, (size, output_size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
         likely = ~(scores[b] < score_threshold)  # the mask's factor is at most 1; NaN stays, to be found below
-        class_scores, picks = scores[b, likely], picked[b, likely]
-        query, labels = picks // num_classes, picks % num_classes
-        boxes = box_convert(outputs["pred_boxes"][b, query], "cxcywh", "xyxy")
-        boxes = boxes * boxes.new_tensor((padded_width * output_size[1] / size[1],
-                                          padded_height * output_size[0] / size[0]) * 2)  # fmt: skip
-        final, masks = class_scores.clone(), []
-        for some, inside, quality in full_masks(outputs["pred_masks"][b], query, size, output_size):
-            final[some] *= quality
-            inside = inside[final[some] >= score_threshold]
-            masks += encode(inside) if encode else [inside]
-        if not (finite and final.isfinite().all() and boxes.isfinite().all()):
+        height, width = (n * wanted / seen for n, wanted, seen in zip(padded, output_size, size, strict=True))
+        box = boxes[b, likely] * boxes.new_tensor((width, height) * 2)
+        embeddings, pixel_features = outputs["mask_embeddings"][b, query[b, likely]], outputs["pixel_features"][b]
+        score, inside = scores[b, likely], []
+        for some, found, quality in full_masks(embeddings, pixel_features, size, output_size):
+            score[some] *= quality
+            found = found[score[some] >= score_threshold]
+            inside += encode(found) if encode else [found]
+        if not (outputs["pred_logits"][b].isfinite().all() and score.isfinite().all() and box.isfinite().all()):
             raise InputError("the model predicts NaN or infinity; its weights are damaged or its precision is too low")
-        kept = final >= score_threshold
-        final, order = final[kept].sort(descending=True, stable=True)
+        kept = score >= score_threshold
+        score, order = score[kept].sort(descending=True, stable=True)
         if encode:
-            masks = [masks[i] for i in order.tolist()]
+            inside = [inside[i] for i in order.tolist()]
         else:
-            masks = torch.cat(masks or [kept.new_zeros(0, *output_size)])[order]
-        labels, boxes = labels[kept][order], boxes[kept][order]
-        detections.append({"scores": final, "labels": labels, "boxes": boxes, "masks": masks})
+            inside = torch.cat(inside or [kept.new_zeros(0, *output_size)])[order]
+        found = {"scores": score, "labels": labels[b, likely][kept][order], "boxes": box[kept][order], "masks": inside}
+        detections.append(found)
     return detections
 
 
-def full_masks(logits, query, size, output_size):
-    """Masks at full size, a few at a time: yields (their places in `query`, masks (n, H, W) bool, quality (n,)).
+def best_queries(outputs, topk):
+    """The `topk` best pairs of query and class of every image, best first, k in all.
 
-    logits (Q, H/4, W/4) of one image, query (k,) indices; size and output_size: (H, W) before padding and wanted. The
-    quality is the mean probability inside the mask, 0 where it is empty.
+    Returns class scores (B, k), labels and queries (B, k) int64, and boxes (B, k, 4) xyxy relative to the padded image.
     """
-    padded = [4 * n for n in logits.shape[-2:]]
+    logits = full_precision(outputs["pred_logits"])
+    num_classes = logits.shape[2]
+    scores, picked = logits.sigmoid().flatten(1).topk(min(topk, logits.shape[1] * num_classes), dim=1)
+    query, labels = picked // num_classes, picked % num_classes
+    boxes = box_convert(gather_tokens(outputs["pred_boxes"], query), "cxcywh", "xyxy")
+    return scores, labels, query, boxes
+
+
+def full_masks(embeddings, pixel_features, size, output_size):
+    """Masks at full size, a few at a time: yields (their places among the k, masks (n, H, W) bool, quality (n,)).
+
+    embeddings (k, C) and pixel_features (C, H/4, W/4): of one image; size and output_size: (H, W) before padding and
+    wanted. The quality is the mean probability inside the mask, 0 where it is empty.
+    """
+    padded, k = [4 * n for n in pixel_features.shape[-2:]], len(embeddings)
     pixels = max(math.prod(padded), math.prod(output_size))
     # Two or more at a time where there are two: the sum over one alone is of another order, and its last bits differ.
-    count = max(1, min(len(query) // 2, math.ceil(len(query) * pixels / MASK_PIXELS)))
-    for some in torch.arange(len(query), device=query.device).tensor_split(count) if len(query) else ():
-        masks = full_precision(logits[query[some]][:, None])  # (n, 1, H/4, W/4)
-        masks = F.interpolate(masks, padded, mode="bilinear", align_corners=False)
-        masks = masks[..., : size[0], : size[1]]
-        masks = F.interpolate(masks, output_size, mode="bilinear", align_corners=False)[:, 0]
-        inside = masks > 0
-        total = masks.sigmoid_().mul_(inside).sum((1, 2))
+    count = max(1, min(k // 2, math.ceil(k * pixels / MASK_PIXELS)))
+    for some in torch.arange(k, device=embeddings.device).tensor_split(count) if k else ():
+        factors = {"mask_embeddings": embeddings[None, some], "pixel_features": pixel_features[None]}
+        found = full_precision(masks(factors)).transpose(0, 1)  # (n, 1, H/4, W/4)
+        found = F.interpolate(found, padded, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+        found = F.interpolate(found, output_size, mode="bilinear", align_corners=False)[:, 0]
+        inside = found > 0
+        total = found.sigmoid_().mul_(inside).sum((1, 2))
         # The area, exactly: no row has more ones than float32 can count. A sum of `inside` would copy it as int64.
-        area = masks.copy_(inside).sum(2).to(torch.int64).sum(1)
-        yield some, inside, total / (area.to(masks) + 1e-6)
+        area = found.copy_(inside).sum(2).to(torch.int64).sum(1)
+        yield some, inside, total / (area.to(found) + 1e-6)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, full_precision, in_full_precision, inverse_sigmoid, sine_box
+from attention import MLP, FeedForward, full_precision, in_full_precision, inverse_sigmoid, published, refine, sine_box
 from encoder import cell_centres
 
 
@@ -107,6 +107,8 @@ class InteractionLayer(nn.Module):
 class TokenInteraction(nn.Module):
     """T_s1^sa = MHSA(T_s1), Eq. 2: tokens that stand for the same object see each other and refine their boxes."""
 
+    float32 = False
+
     def __init__(self, config):
         super().__init__()
         C = config.hidden_dim
@@ -118,32 +120,29 @@ class TokenInteraction(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
+    @published
     def forward(self, queries):
         """The selected tokens as `Queries` (B, k1, ...). Returns them after every layer, a list."""
         states, (x, boxes) = [], queries
         for layer in self.layers:
             boxes = boxes.detach()
             x = layer(x, self.query_pos(sine_box(boxes, x.shape[-1])))
-            boxes = self.refine(x, boxes)
+            boxes = refine(boxes, x, self.box_head)
             states.append(Queries(x, boxes))
         return states
 
-    def refine(self, x, boxes):
-        """Boxes (B, k1, 4) that the box head makes of a layer's output x (B, k1, C) and of its boxes."""
-        return (in_full_precision(self.box_head, x) + inverse_sigmoid(boxes)).sigmoid()
-
     def select(self, queries, heads, k):
-        """T_s2 = S(T_s1^sa, k2), Eq. 3: the best k of the last layer's tokens, as `Queries`, and their indices."""
+        """T_s2 = S(T_s1^sa, k2), Eq. 3. Returns the best k of the last layer's `Queries`, and their indices."""
         t_s1_sa, boxes = queries
         t_s2, indices = select(t_s1_sa, heads.scores(self.norm(t_s1_sa)), k)
         return Queries(t_s2, inverse_sigmoid(gather_tokens(boxes, indices)).sigmoid()), indices
 
     def predict(self, queries, heads):
-        """Auxiliary predictions of one layer, for its loss; the box head is applied once more."""
+        """Returns one layer's pred_logits and pred_boxes, for its loss; the box head is applied once more."""
         x = self.norm(queries.content)
         return {
             "pred_logits": heads.class_head(heads.norm(x)),
-            "pred_boxes": self.refine(x, queries.boxes),
+            "pred_boxes": refine(queries.boxes, x, self.box_head),
         }
 
 
@@ -157,40 +156,34 @@ class DeImbalance(nn.Module):
         self.interactions = nn.ModuleList(TokenInteraction(config) for _ in self.sizes[1:])
         self.position_tokens = nn.Embedding(self.sizes[-1], 4) if config.position_tokens == "random" else None
 
-    def forward(self, features, heads, every=False):
-        """features: `Features` with T_i; heads: the model's own; every: with the predictions that have a loss.
+    def forward(self, features, heads):
+        """features: `Features` with T_i; heads: the model's own.
 
         Returns the decoder's input, T_s2 as `Queries`; {"t_s1", "t_s2": `Queries`}, which may guide BATO (Table 5); and
-        {selection: {first, second, ...: (B, k) int64, each among the tokens before it}};
-        with `every` also interm_outputs, the predictions of the first selection, and di_outputs, a list with class and
-        box of every interaction layer.
+        {interm_outputs: predictions of the first selection; di_outputs: a list with class and box of every interaction
+        layer; selections: a list of indices (B, k) int64, each among the tokens before it}.
         """
-        queries, outputs = self.first_selection(features, heads, every)
-        stages = {"t_s1": queries}
-        for number, (interaction, k) in enumerate(zip(self.interactions, self.sizes[1:], strict=True), start=2):
+        queries, predictions, indices = self.first_selection(features, heads)  # Eq. 1: T_s1
+        stages, di_outputs, selections = {"t_s1": queries}, [], [indices]
+        for interaction, k in zip(self.interactions, self.sizes[1:], strict=True):
             states = interaction(queries)  # Eq. 2: T_s1^sa
-            if every:
-                predictions = [interaction.predict(state, heads) for state in states]
-                outputs["di_outputs"] = outputs.get("di_outputs", []) + predictions
-            name = {2: "second", 3: "third"}.get(number, f"{number}th")
-            queries, outputs["selection"][name] = interaction.select(states[-1], heads, k)  # Eq. 3: T_s2
+            di_outputs += [interaction.predict(state, heads) for state in states]
+            queries, indices = interaction.select(states[-1], heads, k)  # Eq. 3: T_s2
+            selections.append(indices)
         stages["t_s2"] = queries
         if self.position_tokens:  # Table 3: learned boxes, random at first, in the place of the selected tokens'
             content = queries.content
             boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(content.shape[0], -1, -1)
             queries = Queries(content, boxes)
-        return queries, stages, outputs
+        return queries, stages, {"interm_outputs": predictions, "di_outputs": di_outputs, "selections": selections}
 
-    def first_selection(self, features, heads, every):
-        """T_s1 = S(T_i, k1), Eq. 1, as `Queries` without gradient, and the outputs so far."""
+    def first_selection(self, features, heads):
+        """T_s1 = S(T_i, k1), Eq. 1. Returns it as `Queries` without gradient, its predictions, and their indices."""
         tokens, proposals = self.candidates(features.tokens, features.level_shapes)
-        t_s1, first = select(tokens, heads.scores(tokens), self.sizes[0])  # Eq. 1
-        boxes = (in_full_precision(heads.box_head, t_s1) + proposals[first]).sigmoid()
-        outputs, masks = {"selection": {"first": first}}, None
-        if every:
-            outputs["interm_outputs"] = heads(t_s1, boxes, features.pixels)
-            masks = outputs["interm_outputs"]["pred_masks"]
+        t_s1, indices = select(tokens, heads.scores(tokens), self.sizes[0])  # Eq. 1
+        boxes = (in_full_precision(heads.box_head, t_s1) + proposals[indices]).sigmoid()
+        predictions = heads(t_s1, boxes, features.pixel_features)
         if self.box_init != "head":
-            masks = heads.masks(t_s1, features.pixels) if masks is None else masks
-            boxes = boxes_from_masks(masks, self.box_init)
-        return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), outputs
+            with torch.no_grad():  # so that nobody stores the masks
+                boxes = boxes_from_masks(heads.masks(predictions), self.box_init)
+        return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), predictions, indices

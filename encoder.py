@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, MSDeformAttn, sine_position, sizes_of, xavier_matrices_
+from attention import FeedForward, MSDeformAttn, published, recompute, sine_position, xavier_matrices_
 
 
 class Features(NamedTuple):
@@ -14,7 +14,7 @@ class Features(NamedTuple):
 
     tokens: torch.Tensor  # T_i or T_bal (B, S, C): levels from coarse (C6) to fine (C3 or C2), each row-major
     level_shapes: list[tuple[int, int]]  # [(H, W), ...] of the levels in this order
-    pixels: torch.Tensor  # F or F' (B, C, H/4, W/4), for masks
+    pixel_features: torch.Tensor  # F or F' (B, C, H/4, W/4), for masks
 
 
 def tokens_to_map(tokens, level_shapes, level):
@@ -49,19 +49,22 @@ class EncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(C, config.num_heads, config.num_levels, config.num_points)
         self.norm = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.encoder_feedforward_dim)
-        self.keep = config.grad_checkpoint  # which computes the whole layer once more
 
-    def forward(self, tokens, position, centres, level_shapes, level_sizes):
-        """tokens (B, S, C), position (S, C), centres (S, 2), level_sizes (L, 2). Returns tokens (B, S, C)."""
-        x = tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes, level_sizes)
-        return self.ffn(self.norm(x)) if self.keep else self.ffn.after_norm(self.norm, x)
+    def forward(self, tokens, position, centres, level_shapes):
+        """tokens (B, S, C), position (S, C), centres (S, 2). Returns tokens (B, S, C)."""
+        x = self.norm(tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes))
+        # Two equivalent ways, ffn(x) and this one, which stores a third less: its inner activations are the widest.
+        return recompute(self.ffn, x)
 
 
 class Encoder(nn.Module):
     """Multi-scale deformable encoder on C3...C6, with five levels C2...C6, and the stride-4 pixel features."""
 
+    float32 = False
+
     def __init__(self, config, channels):
         super().__init__()
+        self.grad_checkpoint = config.grad_checkpoint
         C = config.hidden_dim
         norm = lambda: nn.GroupNorm(32, C)  # noqa: E731
         self.input_proj = nn.ModuleList(
@@ -81,6 +84,7 @@ class Encoder(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         nn.init.zeros_(self.pixel_proj.bias)
 
+    @published
     def forward(self, maps):
         """maps: [C2, C3, C4, C5]. Returns the `Features` with T_i and F."""
         c2 = maps[0]
@@ -90,9 +94,10 @@ class Encoder(nn.Module):
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C), fine to coarse
         like = self.level_embed  # positions are in the dtype of the parameters, also under autocast
         position = torch.cat([sine_position(*s, like.shape[1], like) + e for s, e in zip(shapes, like, strict=True)])
-        centres, sizes = cell_centres(shapes, like), sizes_of(shapes, like)
+        centres = cell_centres(shapes, like)
         for layer in self.layers:
-            tokens = layer(tokens, position, centres, shapes, sizes)
+            args = tokens, position, centres, shapes
+            tokens = recompute(layer, *args) if self.grad_checkpoint else layer(*args)
 
         finest = tokens_to_map(tokens, shapes, 0)
         finest = F.interpolate(finest, size=c2.shape[-2:], mode="bilinear", align_corners=False)

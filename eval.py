@@ -35,7 +35,6 @@ from distributed import gather
 from drawing import save_classes, save_layers
 from formats.coco import coco_results, encode_masks, match_classes
 from formats.images import DataError
-from model import PREDICTIONS
 
 
 def average_precision(coco, results, image_ids, max_detections=100):
@@ -101,10 +100,12 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
             if stopping():
                 break
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                outputs = model([image.to(device) for image in images], all_layers=per_layer)
-            for found, predictions in zip(results, [*outputs.get("aux_outputs", []), outputs], strict=True):
+                outputs = model([image.to(device) for image in images])
+            layers = [*outputs["aux_outputs"], outputs] if per_layer else [outputs]
+            for found, predictions in zip(results, layers, strict=True):
                 for b, target in enumerate(targets):
-                    one = {name: predictions[name][b : b + 1] for name in PREDICTIONS}  # full-size masks of one image
+                    names = "pred_logits", "pred_boxes", "mask_embeddings", "pixel_features"
+                    one = {name: predictions[name][b : b + 1] for name in names}  # full-size masks of one image
                     if labels:
                         one["pred_logits"] = one["pred_logits"][..., labels]
                     sizes = [target["size"]], [target["original_size"]]

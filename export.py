@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
-from torchvision.ops import box_convert
 
 from backbone import Swin
 from checkpoint import load_model
 from cli import positive, require_compiler, run_program
 from config import InputError
+from decoder import masks
+from detections import best_queries
+from di import gather_tokens
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that .onnx needs
 LARGEST, MOST = 64, 64  # bounds of a dynamic side, in units of 32 pixels, and of a dynamic batch
@@ -37,20 +39,16 @@ class Detector(nn.Module):
         """
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
             outputs = self.model(images)
-        logits, masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
-        (height, width), classes = images.shape[2:], logits.shape[2]
-        scores, picked = logits.sigmoid().flatten(1).topk(min(self.max_detections, logits.shape[1] * classes), dim=1)
-        query, labels = picked // classes, picked % classes
-        boxes = box_convert(outputs["pred_boxes"], "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
-        boxes = boxes * torch.stack([boxes.new_full((), n) for n in (width, height, width, height)])
-        masks = masks.gather(1, query[..., None, None].expand(-1, -1, *masks.shape[2:]))
-        full = F.interpolate(masks, (height, width), mode="bilinear", align_corners=False)
+        scores, labels, query, boxes = best_queries(outputs, self.max_detections)
+        height, width = images.shape[2:]
+        boxes = boxes.float() * torch.stack([boxes.new_full((), n) for n in (width, height, width, height)])
+        logits = masks(outputs | {"mask_embeddings": gather_tokens(outputs["mask_embeddings"], query)}).float()
+        full = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
         inside = (full > 0).to(full)
         quality = (full.sigmoid() * inside).sum((2, 3)) / (inside.sum((2, 3)) + 1e-6)
         scores, order = (scores * quality).topk(scores.shape[1], dim=1)
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        masks = masks.gather(1, order[..., None, None].expand(-1, -1, *masks.shape[2:]))
-        return scores, labels.gather(1, order), boxes, masks
+        logits = gather_tokens(logits.flatten(2), order).unflatten(2, logits.shape[2:])
+        return scores, labels.gather(1, order), gather_tokens(boxes, order), logits
 
 
 def dynamic_sizes(config):

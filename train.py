@@ -150,8 +150,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             with torch.autocast(images[0].device.type, autocast, enabled=autocast is not None):
                 outputs = model(images, targets)
             terms = criterion(outputs, targets, num_instances)
-            del outputs  # its masks are large, and the gradient does not need them
-            loss = sum(criterion.weights[name] * term for name, term in terms.items())
+            loss = criterion.total(terms)
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + term.detach()
@@ -402,7 +401,7 @@ class Trainer:
         sums = {"loss": self.window["loss"]}
         kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
         for kind, names in kinds.items():
-            sums[kind] = sum(self.criterion.weights[n] * v for n, v in self.window.items() if n.startswith(names))
+            sums[kind] = self.criterion.total({n: v for n, v in self.window.items() if n.startswith(names)})
         shown = {name: f"{float(value) / steps:.2f}" for name, value in sums.items()}
         shown |= {"lr": f"{lr:.1e}", "img/s": f"{self.seen / span:.1f}", "wait": f"{self.waited / span:.0%}"}
         if self.device.type == "cuda":

@@ -57,11 +57,12 @@ def random_outputs(batch_size, height, width, config, n, device, dtype):
         if pixels is not None:
             embeddings = leaf(queries, config.hidden_dim) - 0.5
             masks = torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
-            found |= {"pred_masks": masks, "mask_embeddings": embeddings, "pixels": pixels}
+            # "pred_masks" and "pixels" are for checkouts up to commit de70fc7.
+            found |= {"mask_embeddings": embeddings, "pixel_features": pixels, "pred_masks": masks, "pixels": pixels}
         return found
 
     def part(layer, queries):
-        return {name: x if name == "pixels" else x[:, queries] for name, x in layer.items()}
+        return {name: x if "pixel" in name else x[:, queries] for name, x in layer.items()}
 
     first, queries, groups = config.selections[0], config.selections[-1], config.denoising_queries // n
     before, after = (leaf(config.hidden_dim, height // 4, width // 4) - 0.5 for _ in range(2))  # F and F'
@@ -83,7 +84,7 @@ def prepare(args):
     def run(outputs, leaves, targets, backward):
         with torch.set_grad_enabled(backward):
             terms = criterion(outputs, targets)
-            loss = sum(criterion.weights[name] * term for name, term in terms.items())
+            loss = sum(terms.values())
         if backward:
             # `backward` would add to the gradients of the last run. The products that are the masks stay for the next.
             torch.autograd.grad(loss, leaves, retain_graph=True)

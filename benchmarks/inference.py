@@ -6,8 +6,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import beside
-from detections import postprocess
 from model import PRESETS, build_model
+
+try:
+    from detections import postprocess
+except ImportError:  # a checkout up to commit de70fc7
+    from model import postprocess
 
 OUTPUT = (480, 653)  # size of the image that boxes and masks are wanted in
 

@@ -15,11 +15,6 @@ from losses import SetCriterion
 from model import PRESETS, build_model
 from train import backward, parameter_groups
 
-try:  # as train.py does on a CPU, where the checkout has it
-    from cli import keep_freed_memory
-except ImportError:
-    keep_freed_memory = lambda device: None  # noqa: E731
-
 
 def random_batch(batch_size, size, num_classes, instances, device):
     """Images (3, size, size) in [0, 1] and targets as `train.py` has them."""
@@ -81,7 +76,6 @@ def counts_on_gpu(args, dtype):
 def prepare(args):
     """Two functions that take training steps and return figures: what is counted; and time and memory of one step."""
     dtype = beside.set_precision(args)
-    keep_freed_memory(torch.device(args.device))
     torch.manual_seed(0)
     model = build_model(args.preset, grad_checkpoint=args.grad_checkpoint)
     beside.same_weights(model, args.folder)

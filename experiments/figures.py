@@ -27,6 +27,7 @@ from data import eval_transform
 from detections import postprocess
 from drawing import draw_instances, draw_layers
 from formats.images import read_image
+from model import of_queries
 
 LEVEL_COLOURS = {64: "#e6194b", 32: "#ffe119", 16: "#42d4f4", 8: "#3cb44b", 4: "#f032e6"}  # stride -> colour
 
@@ -86,11 +87,12 @@ def detections_of_queries(model, image, count, device, size=None):
     order, on the CPU. There are fewer than `count` where there are no more objects.
     """
     resized = eval_transform(*model.config.test_size)(image).to(device)
-    outputs = model([resized], all_layers=True)
+    outputs = model([resized])
     sizes = [resized.shape[1:]], [size or image.shape[1:]]
 
     def detections(layer, queries):  # the best class of each query
-        parts = ({name: layer[name][:, [q]] for name in ("pred_logits", "pred_boxes", "pred_masks")} for q in queries)
+        names = "pred_logits", "pred_boxes", "mask_embeddings", "pixel_features"
+        parts = (of_queries({name: layer[name] for name in names}, [q]) for q in queries)
         single = [postprocess(part, *sizes, topk=1)[0] for part in parts]
         return {name: torch.cat([one[name] for one in single]).cpu() for name in single[0]}
 
@@ -165,19 +167,20 @@ def token_centres(config, height, width):
 def selected_tokens(model, image, device):
     """Per selection the centres (k, 2) xy in the image's pixels and the strides (k,) of its tokens, best first.
 
-    image (3, H, W) uint8. Returns {"first selection (T_s1)": (centres, strides), ...}: every selection but the first is
+    image (3, H, W) uint8. Returns {"selection 1 (T_s1)": (centres, strides), ...}: every selection but the first is
     among the tokens of the one before, and so are the queries that guide BATO among those of the last.
     """
     resized = eval_transform(*model.config.test_size)(image).to(device)
-    selection = {name: indices[0].cpu() for name, indices in model([resized])["selection"].items()}
+    outputs = model([resized])
     padded = [32 * math.ceil(side / 32) for side in resized.shape[1:]]
     centres, strides = token_centres(model.config, *padded)
     centres = centres * torch.tensor([image.shape[2] / resized.shape[2], image.shape[1] / resized.shape[1]])
-    titles = {"first": "first selection (T_s1)", "second": "second selection (T_s2)", "guiding": "guiding tokens"}
     found, tokens = {}, torch.arange(len(centres))
-    for name in sorted(selection, key=lambda name: name == "guiding"):  # guiding last; the others are in their order
-        tokens = tokens[selection[name]]
-        found[titles.get(name, f"{name} selection")] = centres[tokens], strides[tokens]
+    selections = {f"selection {i} (T_s{i})": indices for i, indices in enumerate(outputs["selections"], start=1)}
+    guiding = {} if outputs["guiding"] is None else {"guiding tokens": outputs["guiding"]}
+    for name, indices in (selections | guiding).items():
+        tokens = tokens[indices[0].cpu()]
+        found[name] = centres[tokens], strides[tokens]
     return found
 
 

@@ -80,7 +80,7 @@ def inspect(switch, training=False):
     images, targets = batch(2, 3)
     torch.manual_seed(2)
     with torch.no_grad():
-        outputs = model(images, targets) if training else model(images, all_layers=True)
+        outputs = model(images, targets) if training else model(images)
     return outputs, seen, model
 
 
@@ -124,9 +124,7 @@ def test_every_parameter_gets_a_gradient(switch):
         images, targets = batch(*counts)
         outputs = model(images, targets)
         criterion = SetCriterion(model.config)
-        terms = criterion(outputs, targets)
-        assert terms.keys() == {name for name in criterion.weights if counts[0] or "_dn" not in name}
-        sum(criterion.weights[name] * term for name, term in terms.items()).backward()
+        criterion.total(criterion(outputs, targets)).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
@@ -135,7 +133,6 @@ def test_every_parameter_gets_a_gradient(switch):
 def test_selections_and_number_of_layers(switch):
     outputs, _, model = inspect(switch)
     config = model.config
-    found = {name: indices.shape[1] for name, indices in outputs["selection"].items()}
     sizes = {
         "single": [20],
         "triple": [40, 30, 20],
@@ -143,20 +140,21 @@ def test_selections_and_number_of_layers(switch):
         **dict.fromkeys(["no DI", "neither"], [20]),
         **dict.fromkeys(["random positions, neither", "boxes of the head, neither"], [20]),
     }.get(switch, [40, 20])
-    guiding = {"guiding": 8} if config.bato else {}
-    assert found == dict(zip(("first", "second", "third"), sizes, strict=False)) | guiding
-    for name, available in zip(("first", "second", "third")[: len(sizes)], [85, *sizes], strict=False):
-        indices = outputs["selection"][name]  # of 8 x 8 + 4 x 4 + 2 x 2 + 1 tokens
+    assert [indices.shape[1] for indices in outputs["selections"]] == sizes
+    assert outputs["guiding"].shape[1] == 8 if config.bato else outputs["guiding"] is None
+    for indices, available in zip(
+        outputs["selections"], [85, *sizes], strict=False
+    ):  # 8 x 8 + 4 x 4 + 2 x 2 + 1 tokens
         assert indices.max() < available and all(len(set(row)) == len(row) for row in indices.tolist())
     interactions = [size for size in sizes[:-1] for _ in range(2)]
-    assert [layer["pred_boxes"].shape[1] for layer in outputs.get("di_outputs", [])] == interactions
+    assert [layer["pred_boxes"].shape[1] for layer in outputs["di_outputs"]] == interactions
     assert len(outputs["aux_outputs"]) == config.decoder_layers
     assert outputs["pred_boxes"].shape == (2, 20, 4)
 
 
 @pytest.mark.parametrize("switch", ["no DI", "single"])
 def test_one_selection_is_the_best_of_the_first(switch):
-    ours, theirs = inspect(switch)[0]["selection"]["first"], inspect("default")[0]["selection"]["first"]
+    ours, theirs = inspect(switch)[0]["selections"][0], inspect("default")[0]["selections"][0]
     assert torch.equal(ours, theirs[:, :20])
 
 
@@ -165,21 +163,17 @@ def test_one_selection_is_the_best_of_the_first(switch):
 )
 def test_deimbalance_stays_as_it_is(switch):
     (ours, _, _), (theirs, _, _) = inspect(switch), inspect("default")
-    for name in ("first", "second"):
-        assert torch.equal(ours["selection"][name], theirs["selection"][name])
+    assert all(map(torch.equal, ours["selections"], theirs["selections"]))
     for a, b in zip(ours["di_outputs"], theirs["di_outputs"], strict=True):
         assert torch.equal(a["pred_boxes"], b["pred_boxes"])
 
 
 def test_three_selections():
     """The second of three works on what it has in the default model, and so on: tokens of the first interaction."""
-    outputs, _, model = inspect("triple")
-    theirs, _, _ = inspect("default")
-    assert torch.equal(outputs["selection"]["first"], theirs["selection"]["first"])
-    assert torch.equal(outputs["selection"]["second"][:, :20], theirs["selection"]["second"])
-    assert outputs["selection"]["third"].max() < 30
-    names = {name for name in SetCriterion(model.config).weights if "_di_" in name}
-    assert names == {f"loss_{kind}_di_{i}" for kind in ("ce", "bbox", "giou") for i in range(4)}
+    first, second, third = inspect("triple")[0]["selections"]
+    default = inspect("default")[0]["selections"]
+    assert torch.equal(first, default[0]) and torch.equal(second[:, :20], default[1])
+    assert third.max() < 30
 
 
 def test_the_named_stage_guides_and_nothing_else_changes():
@@ -191,11 +185,11 @@ def test_the_named_stage_guides_and_nothing_else_changes():
         for layer in (0, 1):
             ours, theirs = outputs["aux_outputs"][layer], default["aux_outputs"][layer]
             assert torch.equal(ours["pred_boxes"], theirs["pred_boxes"])
-        t_s1 = gather_tokens(seen["candidates"], outputs["selection"]["first"])
+        t_s1 = gather_tokens(seen["candidates"], outputs["selections"][0])
         expected = {"t_s1": t_s1, "t_s2": seen["decoder"][0]}[stage]
         assert torch.equal(seen["bato_inputs"].content, expected)
         assert seen["bato_inputs"].boxes.shape == (2, expected.shape[1], 4)
-        assert torch.equal(outputs["selection"]["guiding"], seen["bato"][3])
+        assert torch.equal(outputs["guiding"], seen["bato"][3])
         assert not torch.equal(outputs["pred_boxes"], default["pred_boxes"])
     assert not torch.equal(without["bato_inputs"].content, without["decoder"][0])  # Q_bal is behind layer 1
 
@@ -212,16 +206,16 @@ def test_denoising_queries_do_not_guide(switch):
     assert training["dn_outputs"]["pred_boxes"].shape[1] > 0 and seen["bato_inputs"].content.shape[1] == (
         40 if switch == "T_s1 guides" else 20
     )
-    assert torch.equal(training["selection"]["guiding"], evaluation["selection"]["guiding"])
+    assert torch.equal(training["guiding"], evaluation["guiding"])
 
 
 def test_without_guiding_token_generation_the_queries_are_key_and_value():
     outputs, seen, _ = inspect("no GTG")
     _, key, value = seen["attention"]
-    best = gather_tokens(seen["bato_inputs"][0], outputs["selection"]["guiding"])
+    best = gather_tokens(seen["bato_inputs"][0], outputs["guiding"])
     assert torch.equal(key, best) and torch.equal(value, best)
     theirs, seen, _ = inspect("default")
-    assert torch.equal(outputs["selection"]["guiding"], theirs["selection"]["guiding"])
+    assert torch.equal(outputs["guiding"], theirs["guiding"])
     assert not torch.equal(seen["attention"][1], seen["attention"][2])
 
 
@@ -261,10 +255,6 @@ def test_boxes_of_the_head_enter_the_interaction_without_gradient():
     outputs = model(*batch(2, 3))
     assert not given[0].requires_grad and outputs["interm_outputs"]["pred_boxes"].requires_grad
     torch.testing.assert_close(given[0], outputs["interm_outputs"]["pred_boxes"].detach())
-    model.eval()
-    with torch.no_grad():
-        first, all_layers = model(batch(2, 3)[0]), model(batch(2, 3)[0], all_layers=True)
-    assert torch.equal(first["pred_boxes"], all_layers["pred_boxes"])
 
 
 def test_box_loss_scale_changes_the_weights_of_the_box_losses_alone():

@@ -494,7 +494,7 @@ import torch
 from attention import MSDeformAttn
 module = MSDeformAttn(16, 2, 1, 4)
 for _ in range(2):
-    out = module(torch.randn(1, 3, 16), torch.rand(1, 3, 2), torch.randn(1, 20, 16), [(5, 4)])
+    out = module(torch.randn(1, 3, 16), torch.rand(1, 3, 4), torch.randn(1, 20, 16), [(5, 4)])
     out.sum().backward()
 print(tuple(out.shape))
 """

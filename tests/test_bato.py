@@ -23,7 +23,7 @@ def test_bato_guides_by_the_best_queries(guided):
     model, queries, features = guided
     q_bal, boxes = queries
     (t_bal, shapes, refined), guiding = model.bato(queries, features, model.heads, model.decoder.query_pos)
-    assert t_bal.shape == features.tokens.shape and refined.shape == features.pixels.shape
+    assert t_bal.shape == features.tokens.shape and refined.shape == features.pixel_features.shape
     assert shapes == features.level_shapes
     assert (refined >= 0).all() and (refined > 0).any()
     scores = model.heads.class_head(q_bal).amax(-1)  # of the queries themselves, without the norm

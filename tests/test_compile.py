@@ -70,7 +70,7 @@ def test_the_whole_model_has_no_graph_breaks():
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     images, targets = torch.rand(2, 3, 64, 96), some_targets(3, 5)
     with torch.no_grad():
-        assert torch.equal(compiled(images)["pred_masks"], model(images)["pred_masks"])
+        assert torch.equal(compiled(images)["mask_embeddings"], model(images)["mask_embeddings"])
     model.train()
     outputs = compiled(list(images), targets)
     assert outputs["dn_outputs"]["num_groups"] == 30 // 5 and len(outputs["aux_outputs"]) == model.config.decoder_layers
@@ -87,7 +87,7 @@ def test_layers_are_compiled_once_for_all_sizes_and_numbers_of_instances(counter
         for one in (model, compiled):
             torch.manual_seed(number)
             outputs = one(images, targets)
-            sum(outputs[name].square().mean() for name in ("pred_logits", "pred_boxes", "pred_masks")).backward()
+            sum(outputs[name].square().mean() for name in ("pred_logits", "pred_boxes", "mask_embeddings")).backward()
             gradients.append([p.grad for p in one.parameters() if p.grad is not None])
             one.zero_grad()
         torch.testing.assert_close(*gradients)
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_can_be_compiled(counter):
     compiled, images, gradients = copy.deepcopy(model), torch.rand(2, 3, 96, 96), []
     cli.compile_layers(compiled, CPU)
     for one in (model, compiled):
-        one(images)["pred_masks"].square().mean().backward()
+        one(images)["mask_embeddings"].square().mean().backward()
         gradients.append([p.grad for p in one.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
     assert counter.frame_count >= 5  # parts
@@ -113,7 +113,7 @@ def test_a_swin_backbone_is_left_as_it_is(counter, monkeypatch):
     for height, width in [(96, 96), (160, 224)]:
         images = torch.rand(2, 3, height, width)
         with torch.inference_mode():
-            torch.testing.assert_close(compiled(images)["pred_masks"], model(images)["pred_masks"])
+            torch.testing.assert_close(compiled(images)["mask_embeddings"], model(images)["mask_embeddings"])
     assert counter.frame_count == 4  # of the other parts
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from decoder import masks
 from di import Queries
 from encoder import Features
 from model import build_model
@@ -11,12 +12,12 @@ from model import build_model
 def test_masks_are_dot_products_with_the_pixel_features():
     heads = build_model("tiny").heads
     x, features = torch.randn(2, 5, 64), torch.randn(2, 64, 4, 6)
-    masks = heads.masks(x, features)
+    found = masks(heads(x, torch.rand(2, 5, 4), features))
     embeddings = heads.mask_head(heads.norm(x))
     for b in range(2):
         for q in range(5):
             expected = (embeddings[b, q][:, None, None] * features[b]).sum(0)
-            torch.testing.assert_close(masks[b, q], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[b, q], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_boxes_look_forward_twice():
@@ -42,9 +43,9 @@ def test_decoder_layer_hides_what_the_mask_hides(layers):
     hidden = torch.zeros(6, 6, dtype=torch.bool)
     hidden[3:, :3] = True  # the last three do not see the first three
     with torch.no_grad():
-        together = decoder(0, queries, features, heads, hidden)
-        alone = decoder(0, Queries(*(x[:, 3:] for x in queries)), features, heads)
-        open_to_all = decoder(0, queries, features, heads)
+        together = decoder.layer(queries, features, heads, 0, hidden)
+        alone = decoder.layer(Queries(*(x[:, 3:] for x in queries)), features, heads, 0)
+        open_to_all = decoder.layer(queries, features, heads, 0)
     for some, others, all_open in zip(together, alone, open_to_all, strict=True):
         torch.testing.assert_close(some[:, 3:], others, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(some[:, :3], all_open[:, :3], rtol=1e-4, atol=1e-5)
@@ -55,7 +56,7 @@ def test_only_the_first_layer_passes_the_gradient_of_its_reference_boxes(layers)
     decoder, heads, features, (content, boxes) = layers
     for number in range(3):
         reference = boxes.clone().requires_grad_()
-        refined = decoder(number, Queries(content, reference), features, heads)
+        refined = decoder.layer(Queries(content, reference), features, heads, number)
         sum(x.sum() for x in refined).backward()
         assert (reference.grad is not None) == (number == 0)
 
@@ -63,6 +64,6 @@ def test_only_the_first_layer_passes_the_gradient_of_its_reference_boxes(layers)
 def test_refined_boxes_are_corrections_in_logits(layers):
     decoder, heads, features, queries = layers
     with torch.no_grad():
-        content, boxes = decoder(1, queries, features, heads)
+        content, boxes = decoder.layer(queries, features, heads, 1)
         expected = torch.logit(queries.boxes) + heads.box_head(content)
     torch.testing.assert_close(torch.logit(boxes), expected, rtol=1e-3, atol=1e-3)

@@ -114,7 +114,7 @@ def test_matching_predictions_do_not_see_the_denoising_queries():
         for count in (1, 4):
             outputs = model(images, targets(count))
             for ours, theirs in zip([*alone["aux_outputs"], alone], [*outputs["aux_outputs"], outputs], strict=True):
-                for name in ("pred_logits", "pred_boxes", "pred_masks"):
+                for name in ("pred_logits", "pred_boxes", "mask_embeddings"):
                     torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9)
 
 

@@ -296,9 +296,9 @@ class Oracle(torch.nn.Module):
         self.config = SimpleNamespace(decoder_layers=1, test_size=(64, 64))
         self.coco, self.classes = indexed(json.loads(Path(path).read_text())), classes
 
-    def forward(self, images, all_layers=False):
-        layers = [self.predict(images, shift) for shift in ((3, 0) if all_layers else (0,))]
-        return layers[-1] | ({"aux_outputs": layers[:-1]} if all_layers else {})
+    def forward(self, images):
+        first, last = (self.predict(images, shift) for shift in (3, 0))
+        return last | {"aux_outputs": [first]}
 
     def predict(self, images, shift):
         size, queries = images[0].shape[1], 6
@@ -314,7 +314,9 @@ class Oracle(torch.nn.Module):
                 mask = torch.from_numpy(self.coco.annToMask(annotation)).roll(2 * q * (q > 1) + shift, 0)
                 masks[b, q][mask[:: len(mask) // size, :: len(mask) // size] > 0] = 9
         masks = torch.nn.functional.avg_pool2d(masks, 4)
-        predictions = {"pred_logits": logits, "pred_boxes": boxes, "pred_masks": masks}
+        # Each query's mask is a channel of its own.
+        factors = {"mask_embeddings": torch.eye(queries).repeat(len(images), 1, 1), "pixel_features": masks}
+        predictions = {"pred_logits": logits, "pred_boxes": boxes} | factors
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32  # which has these numbers exactly
         return {name: value.to(dtype) for name, value in predictions.items()}
 

@@ -25,7 +25,7 @@ def step():
         targets = [{key: torch.empty(x[key], dtype=dtypes[key], device="cuda") for key in x} for x in shapes]
         outputs = model(images, targets)
         stored = sum(gpu.saved.values())
-        assert outputs["pred_masks"].dtype == torch.bfloat16
+        assert outputs["mask_embeddings"].dtype == torch.bfloat16
         SetCriterion(model.config)(outputs, targets)
     return gpu, stored
 

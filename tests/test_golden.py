@@ -20,10 +20,11 @@ import losses
 import ops
 from config import PRESETS
 from convert import convert_state_dict, released_names
+from decoder import masks
 from detections import postprocess
 from di import candidate_boxes
 from losses import SetCriterion
-from matcher import HungarianMatcher
+from matcher import HungarianMatcher, stack_layers
 from model import build_model
 
 REDUCED = Path(__file__).resolve().parent / "golden"
@@ -118,9 +119,11 @@ def system(request):
     criterion.matcher.cost_mask = criterion.matcher.cost_dice = 0
     sets = {"": outputs, "_interm": outputs["interm_outputs"]}
     sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
-    pairs = {suffix: (layer, criterion.matcher(layer, targets)) for suffix, layer in sets.items()}
+    pairs = {
+        suffix: (layer, criterion.matcher(stack_layers({"": layer}), targets)[0]) for suffix, layer in sets.items()
+    }
     terms = criterion(outputs, targets)
-    total = sum(criterion.weights[n] * term for n, term in terms.items() if "mask" not in n and "dice" not in n)
+    total = criterion.total({n: term for n, term in terms.items() if "mask" not in n and "dice" not in n})
     total.backward()
     return SimpleNamespace(
         name=request.param,
@@ -156,13 +159,18 @@ def test_inputs(system, load):
         assert_close(target["boxes"], golden[f"tgt{b}_boxes"], f"boxes of image {b}")
 
 
+def selections(outputs):
+    """{golden name: indices} of the selections and, with BATO, of the guiding queries."""
+    found = dict(zip(("first_selection", "second_selection"), outputs["selections"], strict=False))
+    return found if outputs["guiding"] is None else found | {"guiding_tokens": outputs["guiding"]}
+
+
 def test_selections(system, load):
-    golden, selection = load(system.name), system.inference["selection"]
-    names = {"first": "first_selection", "second": "second_selection", "guiding": "guiding_tokens"}
-    assert {names[name] for name in selection} == set(names.values()) & set(golden)
-    for name, indices in selection.items():
+    golden, found = load(system.name), selections(system.inference)
+    assert set(found) == {"first_selection", "second_selection", "guiding_tokens"} & set(golden)
+    for name, indices in found.items():
         assert indices.dtype == torch.int64
-        np.testing.assert_array_equal(indices, golden[names[name]], err_msg=name)
+        np.testing.assert_array_equal(indices, golden[name], err_msg=name)
 
 
 def assert_same_detections(detections, golden):
@@ -183,8 +191,8 @@ def test_detections_in_plain_pytorch(system, monkeypatch):
     with torch.no_grad():
         outputs = system.model.eval()(system.images)
     system.model.train()
-    for name, indices in outputs["selection"].items():
-        assert torch.equal(indices, system.inference["selection"][name])
+    for name, indices in selections(outputs).items():
+        assert torch.equal(indices, selections(system.inference)[name])
     sizes = [(HEIGHT, WIDTH)] * len(system.images)
     with np.load(REDUCED / f"{system.name}.npz") as golden:
         assert_same_detections(postprocess(outputs, sizes, sizes), golden)
@@ -193,11 +201,11 @@ def test_detections_in_plain_pytorch(system, monkeypatch):
 def assert_same_predictions(predictions, golden, prefix):
     assert_close(predictions["pred_logits"], golden[f"{prefix}logits"], f"{prefix}logits")
     assert_close(predictions["pred_boxes"], golden[f"{prefix}boxes"], f"{prefix}boxes")
-    assert ("pred_masks" in predictions) == (f"{prefix}masks_mean" in golden)
-    if "pred_masks" in predictions:
-        masks = predictions["pred_masks"].flatten(2)
-        assert_close(masks.mean(2), golden[f"{prefix}masks_mean"], f"{prefix}masks_mean")
-        assert_close(masks.std(2), golden[f"{prefix}masks_std"], f"{prefix}masks_std")
+    assert ("mask_embeddings" in predictions) == (f"{prefix}masks_mean" in golden)
+    if "mask_embeddings" in predictions:
+        logits = masks(predictions).flatten(2)
+        assert_close(logits.mean(2), golden[f"{prefix}masks_mean"], f"{prefix}masks_mean")
+        assert_close(logits.std(2), golden[f"{prefix}masks_std"], f"{prefix}masks_std")
 
 
 def test_every_layer(system, load):
@@ -205,12 +213,12 @@ def test_every_layer(system, load):
     denoised = outputs["dn_outputs"]
     sets = {f"layer{i}_": layer for i, layer in enumerate([*outputs["aux_outputs"], outputs])}
     sets |= {f"dn{i}_": layer for i, layer in enumerate([*denoised["aux_outputs"], denoised])}
-    sets |= {f"interaction{i}_": layer for i, layer in enumerate(outputs.get("di_outputs", []))}
+    sets |= {f"interaction{i}_": layer for i, layer in enumerate(outputs["di_outputs"])}
     sets["encoder_"] = outputs["interm_outputs"]
     assert {f"{prefix}logits" for prefix in sets} == {name for name in golden if name.endswith("_logits")}
     for prefix, predictions in sets.items():
         assert_same_predictions(predictions, golden, prefix)
-    first = outputs["pred_masks"][:, :8]
+    first = masks(outputs)[:, :8]
     assert_close(first, golden["final_masks_first_queries"], "final_masks_first_queries")
     assert denoised["num_groups"] == golden["dn_groups"]
     assert denoised["pred_logits"].shape[1] == golden["dn_pad"]
@@ -218,7 +226,7 @@ def test_every_layer(system, load):
 
 def test_class_and_box_losses(system, load):
     golden = {our_loss(name): x for name, x in load(system.name).items() if name.startswith("loss/")}
-    assert set(golden) == set(system.terms) == set(system.criterion.weights)
+    assert set(golden) == set(system.terms)
     for name, value in golden.items():
         if "mask" not in name and "dice" not in name:
             # loss_bbox_dn_0 is about 0, as the denoising queries start at the ground truth: 1e-9 is for it.
@@ -234,22 +242,28 @@ def mask_loss_draws(system):
     # Without noise all denoising groups are the same: one is enough, and the golden value is the mean over all of them.
     groups = outputs["dn_outputs"]["num_groups"]
     n_max = outputs["dn_outputs"]["pred_logits"].shape[1] // groups
-    order = [torch.arange(len(t["labels"])) for t in targets]
+    one_group = losses.denoising_pairs([len(t["labels"]) for t in targets], 1, 1)
     denoised = [outputs["dn_outputs"], *outputs["dn_outputs"]["aux_outputs"]]
     for suffix, layer in zip(["_dn", *(f"_dn_{i}" for i in range(len(denoised) - 1))], denoised, strict=True):
-        by_group = layer["pred_masks"].detach().unflatten(1, (groups, n_max))
+        by_group = masks(layer).detach().unflatten(1, (groups, n_max))
         torch.testing.assert_close(by_group, by_group[:, :1].expand_as(by_group), rtol=1e-9, atol=1e-9)
-        sets[suffix] = layer, [(i, i) for i in order]
+        sets[suffix] = layer, one_group
     draws, rand = {}, torch.rand
     with torch.random.fork_rng(devices=[]), torch.no_grad(), threads(1), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
         # The points are those of float64; what is found there is computed in float32, quicker and far below the spread.
         patch.setattr(torch, "rand", lambda *size, dtype, device: rand(*size, dtype=torch.float64).to(device, dtype))
-        for suffix, (layer, pairs) in sets.items():
-            masks = torch.cat([masks[query] for masks, (query, _) in zip(layer["pred_masks"], pairs, strict=True)])
-            wanted = torch.cat([t["masks"][index] for t, (_, index) in zip(targets, pairs, strict=True)])
-            args = [masks.float()], [{"masks": wanted}], torch.arange(len(masks)), system.model.config.loss_points
-            found = [losses.mask_losses(*args).sum(1) for _ in range(DRAWS)]
+        num_points = system.model.config.loss_points
+        for suffix, (layer, ((image, query, index),)) in (
+            (s, (x, pairs.transpose(0, 1))) for s, (x, pairs) in sets.items()
+        ):
+            maps = masks(layer)[image, query].float()
+            wanted = torch.cat([t["masks"] for t in targets])[index]
+            found = []
+            for _ in range(DRAWS):
+                points = losses.draw_points([{"masks": wanted}], num_points, maps)
+                terms = losses.mask_losses(maps, torch.arange(len(maps)), *points, num_points)
+                found.append([term.sum() for term in terms])
             for name, values in zip(("loss_mask", "loss_dice"), zip(*found, strict=True), strict=True):
                 draws[name + suffix] = np.array(values) / count, groups if "dn" in suffix else 1
     return draws
@@ -299,32 +313,34 @@ def padded(request, padded_model):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.backbone, "forward", lambda images: None)
         # `mask_shift` is added to the bias of the convolution that F comes out of.
-        patch.setattr(model.encoder, "forward", lambda maps: features._replace(pixels=features.pixels + shift))
+        patch.setattr(
+            model.encoder, "forward", lambda maps: features._replace(pixel_features=features.pixel_features + shift)
+        )
         bias = model.heads.mask_head.layers[2].bias
         patch.setattr(bias, "data", bias.data - shift)
-        return SimpleNamespace(name=request.param, outputs=model(images, all_layers=True))
+        return SimpleNamespace(name=request.param, outputs=model(images))
 
 
 def test_padded_selections(padded, load):
-    golden, selection = load(padded.name), padded.outputs["selection"]
+    golden, (first, second) = load(padded.name), padded.outputs["selections"]
     shapes = [(8, 8), (15, 16), (30, 32), (60, 64)]  # C6...C3 of the padded 480 x 512
     valid = candidate_boxes(shapes, torch.zeros(1, dtype=torch.float64))[1][:, 0].numpy()
-    for ours, theirs in zip(selection["first"].numpy(), golden["first_selection"], strict=True):
+    for ours, theirs in zip(first.numpy(), golden["first_selection"], strict=True):
         # The invalid ones score the same, so their order is free. Here all of them are selected.
         assert (~valid[theirs]).sum() == (~valid).sum() == 244
         np.testing.assert_array_equal(valid[ours], valid[theirs])
         np.testing.assert_array_equal(ours[valid[ours]], theirs[valid[theirs]])
         assert set(ours) == set(theirs)
-    np.testing.assert_array_equal(selection["second"], golden["second_selection"])
-    np.testing.assert_array_equal(selection["guiding"], golden["guiding_tokens"])
+    np.testing.assert_array_equal(second, golden["second_selection"])
+    np.testing.assert_array_equal(padded.outputs["guiding"], golden["guiding_tokens"])
 
 
 def test_padded_predictions(padded, load):
     golden, outputs = load(padded.name), padded.outputs
-    assert outputs["pred_masks"].shape[-2:] == (120, 128)
+    assert outputs["pixel_features"].shape[-2:] == (120, 128)
     assert_same_predictions(outputs, golden, "")
     assert_close(outputs["interm_outputs"]["pred_boxes"], golden["encoder_boxes"], "encoder_boxes")
-    empty = ~(outputs["interm_outputs"]["pred_masks"] > 0).flatten(2).any(2)
+    empty = ~(masks(outputs["interm_outputs"]) > 0).flatten(2).any(2)
     assert padded.name == "padded" or empty.sum() == 293
 
 
@@ -344,9 +360,14 @@ def test_padded_matching(padded, load, monkeypatch):
     monkeypatch.setattr(torch, "rand", shared)
     targets = recipe_targets(480, 512, golden["match_targets"].tolist(), 5)
     matcher = HungarianMatcher(PRESETS["dimaskdino_r50"])
-    outputs = {name: padded.outputs[name] for name in ("pred_logits", "pred_boxes", "pred_masks")}
-    costs = matcher.cost(outputs, targets)
-    for b, (query, index) in enumerate(matcher(outputs, targets)):
-        pairs = sorted(zip(golden[f"match{b}_query"], golden[f"match{b}_target"], strict=True))
-        assert list(zip(query.tolist(), index.tolist(), strict=True)) == pairs
-        assert_close(costs[b, :, : len(targets[b]["labels"])], golden[f"match{b}_cost"], f"match{b}_cost")
+    stacks = stack_layers({"": padded.outputs})
+    [[costs]] = matcher.costs(stacks, targets)
+    [pairs] = matcher(stacks, targets)
+    first = 0
+    for b, target in enumerate(targets):
+        expected = sorted(zip(golden[f"match{b}_query"], first + golden[f"match{b}_target"], strict=True))
+        image, query, index = pairs[:, 0]
+        found = list(zip(query[image == b].tolist(), index[image == b].tolist(), strict=True))
+        assert found == expected
+        assert_close(costs[b, :, : len(target["labels"])], golden[f"match{b}_cost"], f"match{b}_cost")
+        first += len(target["labels"])

@@ -7,35 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import toys
 
 from config import PRESETS
-from matcher import HungarianMatcher, class_cost, mask_costs, pairwise_giou, sample_masks, sample_points
+from matcher import HungarianMatcher, class_cost, mask_costs, pairwise_giou, sample_masks, sample_points, stack_layers
 
 CONFIG = replace(PRESETS["tiny"], num_classes=3, loss_points=200, class_weight=4.0)
 
 
-def problem(Q, counts, seed=0, size=16):
-    """Random predictions on a 4x4 grid of stride 4 and random targets, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    B = len(counts)
-    outputs = {
-        "pred_logits": 4 * rand(B, Q, 3) - 2,
-        "pred_boxes": torch.cat([rand(B, Q, 2), 0.05 + 0.5 * rand(B, Q, 2)], -1),
-        "pred_masks": 8 * rand(B, Q, size // 4, size // 4) - 4,
-    }
-    targets = [
-        {
-            "labels": (3 * rand(n)).long(),
-            "boxes": torch.cat([rand(n, 2), 0.05 + 0.5 * rand(n, 2)], -1),
-            "masks": rand(n, size, size) > 0.5,
-        }
-        for n in counts
-    ]
-    return outputs, targets
+def problem(Q, counts, seed=0):
+    """Random predictions of one layer as a list of one `Stack`, and random targets; float64."""
+    outputs = toys.outputs(len(counts), queries=Q, classes=3, size=16, seed=seed)
+    targets = toys.targets(*counts, size=16, dtype=torch.float64, seed=seed)
+    return stack_layers({"": outputs}), [target | {"labels": target["labels"] % 3} for target in targets]
 
 
 def sigmoid(x):
@@ -69,13 +53,13 @@ def test_class_cost():
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]).double(), torch.tensor([1, 1, 2])
     p = sigmoid(np.array([-1.0, -1.0, 0.5]))
     expected = 0.25 * (1 - p) ** 2 * -np.log(p + 1e-8) - 0.75 * p**2 * -np.log(1 - p + 1e-8)
-    np.testing.assert_allclose(class_cost(logits[None], labels[None])[0][0], expected, rtol=1e-12)
+    np.testing.assert_allclose(class_cost(logits[None, None], labels[None])[0, 0, 0], expected, rtol=1e-12)
 
 
 def test_mask_costs():
     torch.manual_seed(0)
     logits, masks = torch.randn(1, 4, 50).double(), torch.rand(1, 3, 50).double()
-    bce, dice = mask_costs([logits[:, :1], logits[:, 1:]], masks)
+    bce, dice = mask_costs(logits, masks)
     assert bce.shape == dice.shape == (1, 4, 3)
     for q in range(4):
         p = sigmoid(logits[0, q].numpy())
@@ -96,117 +80,100 @@ def test_sample_masks_equals_sample_points():
     masks, points = torch.rand(3, 7, 5) > 0.5, torch.rand(3, 200, 2).double() * 2.8 - 1.4  # some outside
     points[0, :4] = torch.tensor([[-1, -1], [1, 1], [-1, 1], [0, 0]])
     for some in (points, points[:1]):
-        found, expected = sample_masks([masks[:1], masks[1:1], masks[1:]], some), masks.double()
-        expected = sample_points(expected, some.expand(3, -1, -1))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        expected = sample_points(masks.double(), some.expand(3, -1, -1))
+        torch.testing.assert_close(sample_masks(masks, some), expected, rtol=0, atol=1e-12)
+    assert sample_masks(masks[:0], points[:1]).shape == (0, 200)
 
 
 def test_cost_is_the_weighted_sum_of_five_terms(monkeypatch):
-    outputs, targets = problem(6, [4])
+    [stack], targets = problem(6, [4])
     points = torch.rand(1, 200, 2, dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
     matcher, target = HungarianMatcher(CONFIG), targets[0]
-    logits, boxes, masks = (value[0] for value in outputs.values())
-    unmasked = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
-    samples = (sample_points(x, 2 * points.expand(len(x), -1, -1) - 1) for x in (masks, target["masks"].double()))
-    predicted, wanted = (x[None] for x in samples)
-    bce, dice = (cost[0] for cost in mask_costs([predicted], wanted))
-    l1 = (boxes[:, None] - target["boxes"]).abs().sum(-1)
-    expected = (
-        4 * class_cost(logits[None], target["labels"][None])[0] + 5 * l1 - 2 * pairwise_giou(boxes, target["boxes"])
+    logits, boxes = stack.logits[0], stack.boxes[0]
+    maps = torch.einsum("qc,chw->qhw", stack.embeddings[0, 0], stack.pixel_features[0])
+    predicted, wanted = (
+        sample_points(x, (2 * points - 1).expand(len(x), -1, -1))[None] for x in (maps, target["masks"].double())
     )
-    torch.testing.assert_close(matcher.cost(unmasked, targets)[0], expected)
-    torch.testing.assert_close(matcher.cost(outputs, targets)[0], expected + 5 * bce + 5 * dice)
+    bce, dice = mask_costs(predicted, wanted)
+    l1 = (boxes[0, :, None] - target["boxes"]).abs().sum(-1)
+    expected = 4 * class_cost(logits[None], target["labels"][None])[0] + 5 * l1
+    expected = expected - 2 * pairwise_giou(boxes, target["boxes"])
+    without = stack._replace(embeddings=None, pixel_features=None)
+    torch.testing.assert_close(matcher.costs([without], targets), [expected[None]])
+    torch.testing.assert_close(matcher.costs([stack], targets), [(expected + 5 * bce + 5 * dice)[None]])
     matcher.cost_mask, matcher.cost_dice = 1, 2
-    torch.testing.assert_close(matcher.cost(outputs, targets)[0], expected + bce + 2 * dice)
+    torch.testing.assert_close(matcher.costs([stack], targets), [(expected + bce + 2 * dice)[None]])
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("masks", [True, False])
 def test_pairs_equal_brute_force(seed, masks):
-    outputs, targets = problem(5, [3, 1], seed)
+    stacks, targets = problem(5, [3, 1], seed)
     if not masks:
-        del outputs["pred_masks"]
+        stacks = [stacks[0]._replace(embeddings=None, pixel_features=None)]
     matcher = HungarianMatcher(CONFIG)
     torch.manual_seed(seed)  # for the same points below
-    found = matcher(outputs, targets)
+    [((image, query, index),)] = [pairs.unbind(1) for pairs in matcher(stacks, targets)]
     torch.manual_seed(seed)
-    costs = matcher.cost(outputs, targets).numpy()
-    for b, (query, index) in enumerate(found):
-        n = len(targets[b]["labels"])
-        cost = costs[b, :, :n]
+    [[costs]] = matcher.costs(stacks, targets)
+    assert image.tolist() == [0, 0, 0, 1]
+    for b, first, n in ((0, 0, 3), (1, 3, 1)):
+        cost = costs[b, :, :n].numpy()
         best = min(permutations(range(5), n), key=lambda queries: cost[list(queries), range(n)].sum())
-        assert dict(zip(index.tolist(), query.tolist(), strict=True)) == dict(enumerate(best))
-
-
-def test_pairs_are_sorted_by_query():
-    outputs, targets = problem(30, [9, 4])
-    for query, index in HungarianMatcher(CONFIG)(outputs, targets):
-        assert query.dtype == index.dtype == torch.int64
-        assert query.tolist() == sorted(set(query.tolist()))
+        found = dict(zip((index[image == b] - first).tolist(), query[image == b].tolist(), strict=True))
+        assert found == dict(enumerate(best))
 
 
 def test_more_instances_than_queries():
-    outputs, targets = problem(4, [7, 2])
-    (query, index), (other, _) = HungarianMatcher(CONFIG)(outputs, targets)
-    assert query.tolist() == [0, 1, 2, 3] and len(set(index.tolist())) == 4
-    assert len(other) == 2
+    stacks, targets = problem(4, [7, 2])
+    [[image, query, index]] = HungarianMatcher(CONFIG)(stacks, targets)[0].unbind(1)
+    assert image.tolist() == [0] * 4 + [1] * 2 and query[:4].tolist() == [0, 1, 2, 3]
+    assert len(set(index.tolist())) == 6 and set(index[4:].tolist()) == {7, 8}
 
 
 @pytest.mark.parametrize("counts", [[0], [0, 0], [0, 3, 0], [2, 0]])
 def test_images_without_instances(counts):
-    outputs, targets = problem(6, counts)
-    pairs = HungarianMatcher(CONFIG)(outputs, targets)
-    assert [len(query) for query, _ in pairs] == [len(index) for _, index in pairs] == counts
-    assert all(x.dtype == torch.int64 for pair in pairs for x in pair)
+    [pairs] = HungarianMatcher(CONFIG)(*problem(6, counts))
+    assert pairs.shape == (3, 1, sum(counts)) and pairs.dtype == torch.int64
+    assert pairs[0, 0].bincount(minlength=len(counts)).tolist() == counts
 
 
-def test_mixed_dtypes():
-    outputs, targets = problem(6, [3])
-    outputs = {name: value.float() for name, value in outputs.items()}
-    assert len(HungarianMatcher(CONFIG)(outputs, targets)[0][0]) == 3
+def test_outputs_in_float32_and_targets_in_float64():
+    outputs = {name: value.float() for name, value in toys.outputs(1)["interm_outputs"].items()}
+    [pairs] = HungarianMatcher(CONFIG)(stack_layers({"": outputs}), problem(1, [3])[1])
+    assert pairs.shape == (3, 1, 3)
 
 
 @pytest.mark.parametrize("counts", [[3, 1], [0, 2], [0, 0]])
-def test_several_sets_are_matched_as_each_alone(counts, monkeypatch):
-    sets, matcher = [problem(Q, counts, seed=Q)[0] for Q in (9, 5, 7)], HungarianMatcher(CONFIG)
-    del sets[0]["pred_masks"]
-    targets, points = problem(1, counts)[1], torch.rand(1, 200, 2, dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
-    alone = [pair for outputs in sets for pair in matcher(outputs, targets)]
-    for found, expected in zip(matcher(sets, targets), alone, strict=True):
-        assert [x.tolist() for x in found] == [x.tolist() for x in expected]
-    costs = torch.cat([matcher.cost(outputs, targets) for outputs in sets], 1)
-    torch.testing.assert_close(matcher.cost(sets, targets), costs)
-
-
-def test_masks_from_their_factors_cost_the_same(monkeypatch):
-    """Of three sets, two of which share the pixel features; and a fourth that has its masks alone."""
-    sets, targets, points = [], problem(1, [3, 1])[1], torch.rand(1, 200, 2, dtype=torch.float64)
-    some, other = torch.randn(2, 2, 8, 4, 4, dtype=torch.float64)
-    for Q, pixels in ((9, some), (5, other), (7, some)):
-        embeddings = torch.randn(2, Q, 8, dtype=torch.float64)
-        masks = torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
-        factors = {"mask_embeddings": embeddings, "pixels": pixels}
-        sets.append(problem(Q, [3, 1], seed=Q)[0] | {"pred_masks": masks} | factors)
-    sets.append(problem(6, [3, 1])[0])
-    without = [{name: x for name, x in s.items() if "pred" in name} for s in sets]
+def test_layers_are_matched_in_stacks_as_each_alone(counts, monkeypatch):
+    """Of five sets two share queries and pixel features; the others differ in one of them, or have no masks."""
+    outputs, targets = toys.outputs(2, classes=3, size=16), problem(1, counts)[1]
+    sets = {"": outputs, "_interm": outputs["interm_outputs"], "_di_0": outputs["di_outputs"][0]}
+    sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+    stacks = stack_layers(sets)
+    assert [stack.suffixes for stack in stacks] == [[""], ["_interm"], ["_di_0"], ["_0", "_1"]]
+    points = torch.rand(1, 200, 2, dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: points)
     matcher = HungarianMatcher(CONFIG)
-    torch.testing.assert_close(matcher.cost(sets, targets), matcher.cost(without, targets), rtol=0, atol=1e-12)
+    for stack, costs, pairs in zip(stacks, matcher.costs(stacks, targets), matcher(stacks, targets), strict=True):
+        for number, suffix in enumerate(stack.suffixes):
+            alone = stack_layers({suffix: sets[suffix]})
+            torch.testing.assert_close(costs[number], matcher.costs(alone, targets)[0][0])
+            assert torch.equal(pairs[:, number], matcher(alone, targets)[0][:, 0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_costs_that_are_not_finite_count_as_very_large(value):
-    outputs, targets = problem(6, [3])
-    outputs["pred_masks"][:, [0, 2, 4]] = value  # 1, 3 and 5 are left
-    ((query, index),) = HungarianMatcher(CONFIG)(outputs, targets)
-    assert query.tolist() == [1, 3, 5] and sorted(index.tolist()) == [0, 1, 2]
-    outputs["pred_masks"][:] = value
-    assert len(HungarianMatcher(CONFIG)(outputs, targets)[0][0]) == 3
+    [stack], targets = problem(6, [3])
+    stack.embeddings[:, :, [0, 2, 4]] = value  # 1, 3 and 5 are left
+    [pairs] = HungarianMatcher(CONFIG)([stack], targets)
+    assert pairs[1, 0].tolist() == [1, 3, 5] and sorted(pairs[2, 0].tolist()) == [0, 1, 2]
+    stack.embeddings[:] = value
+    assert HungarianMatcher(CONFIG)([stack], targets)[0].shape == (3, 1, 3)
 
 
 def test_matching_has_no_gradient():
-    outputs, targets = problem(6, [3])
-    outputs = {name: value.requires_grad_() for name, value in outputs.items()}
-    HungarianMatcher(CONFIG)(outputs, targets)  # .numpy() would fail on a tensor with a gradient
+    [stack], targets = problem(6, [3])
+    stack.logits.requires_grad_(), stack.embeddings.requires_grad_()
+    HungarianMatcher(CONFIG)([stack], targets)  # .numpy() would fail on a tensor with a gradient

@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # no public name of it
 from torchvision.models._api import register_model  # no public name of it
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -111,3 +112,19 @@ def save_untrained(path, **settings):
     classes = [f"kind {i}" for i in range(config.num_classes)]
     torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
     return path
+
+
+class Float32Finder(TorchDispatchMode):
+    """Records the operations that return a float32 tensor, and the most numbers that one of these has."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.numel = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.found.add(str(func))
+                self.numel = max(self.numel, tensor.numel())
+        return out
