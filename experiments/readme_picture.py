@@ -15,7 +15,7 @@ from cli import count, run_program
 from config import InputError
 from data import CocoInstances
 from detections import detect
-from drawing import draw_instances
+from drawing import draw_rows
 from formats.coco import coco_paths
 
 RESULTS = Path(__file__).resolve().parent / "imbalance" / "results.json"
@@ -44,34 +44,30 @@ def draw_gaps(axes, runs):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def pairs(checkpoint, root, items, threshold):
-    """Pictures (2, H, W, 3) uint8 of these items of the validation images: the ground truth, and the detections."""
+def columns(checkpoint, root, items, threshold):
+    """What `draw_rows` draws of these items of the validation images: the ground truth, and below it the detections."""
     model, content = load_model(checkpoint)
     dataset = CocoInstances(*coco_paths(root, "val"), training=False, test_size=model.config.test_size)
     if wrong := [item for item in items if item >= len(dataset)]:
         raise InputError(f"--items {wrong[0]}: there are {len(dataset)} validation images, numbered from 0")
     for image, target in map(dataset.ground_truth, items):
         [[found]] = detect(model, [image], score_threshold=threshold)
-        drawn = draw_instances(image, target, dataset.classes), draw_instances(image, found, content["classes"])
-        yield [picture.permute(1, 2, 0).numpy() for picture in drawn]
+        yield [(image, target, dataset.classes), (image, found, content["classes"])]
 
 
-def draw(columns, runs):
-    """A matplotlib Figure: the pairs of pictures as columns of one height, and the plot of `draw_gaps`."""
+def draw(rows, runs):
+    """A matplotlib Figure of the picture of `draw_rows` (3, H, W) and the plot of `draw_gaps`."""
     from matplotlib.figure import Figure
 
-    widths = [above.shape[1] / above.shape[0] for above, _ in columns]
-    plot = 1.5
-    figure = Figure(figsize=(2.4 * (sum(widths) + plot), 4.9), layout="constrained")
-    grid = figure.add_gridspec(2, len(columns) + 1, width_ratios=[*widths, plot])
-    for column, pair in enumerate(columns):
-        for row, picture in enumerate(pair):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(picture, interpolation="antialiased")
-            axes.set(xticks=[], yticks=[])
-            if column == 0:
-                axes.set_ylabel(("ground truth", "detections")[row], fontsize=11)
-    draw_gaps(figure.add_subplot(grid[:, -1]), runs)
+    height, width = rows.shape[1:]
+    figure = Figure(figsize=(4.9 * width / height + 4, 4.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[4.9 * width / height, 4])
+    left.imshow(rows.permute(1, 2, 0).numpy(), interpolation="antialiased")
+    left.set_yticks([height / 4, 3 * height / 4], ["ground truth", "detections"], rotation=90, va="center", fontsize=11)
+    left.set_xticks([])
+    left.tick_params(length=0)
+    left.spines[:].set_visible(False)
+    draw_gaps(right, runs)
     return figure
 
 
@@ -84,8 +80,8 @@ def main():
     add("--score-threshold", type=float, default=0.3, metavar="S", help="of the detections (default: 0.3)")
     add("--output", required=True, metavar="FILE.png", help="where to write the picture")
     args = parser.parse_args()
-    columns = list(pairs(args.checkpoint, args.data_root, args.items, args.score_threshold))
-    figure = draw(columns, json.loads(RESULTS.read_text())["runs"])
+    rows = draw_rows(list(columns(args.checkpoint, args.data_root, args.items, args.score_threshold)))
+    figure = draw(rows, json.loads(RESULTS.read_text())["runs"])
     figure.savefig(args.output, dpi=130)
     with Image.open(args.output) as picture:  # a palette of 256 colours: a third of the bytes
         picture.convert("RGB").quantize(256).save(args.output, optimize=True)
