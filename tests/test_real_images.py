@@ -131,13 +131,15 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "| box, Mask R-CNN |" in text and "| DI-MaskDINO minus | seeds |" in text
     with Image.open(results.with_suffix(".jpg")) as picture, Image.open(results.with_suffix(".png")) as plot:
-        assert picture.width > 1000 and plot.width > 1000
+        assert picture.height == 4 * 258 and plot.width > 1000  # a row each: the ground truth, three systems
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 300
-    for name in ("plot", "pictures"):  # drawn once is enough
-        monkeypatch.setattr(real_images, name, lambda *_: (_ for _ in ()).throw(ImportError))
+    assert "rows: ground truth, DI-MaskDINO, Mask DINO, Mask R-CNN; columns: " in text
+    monkeypatch.setattr(real_images, "plot", lambda *_: (_ for _ in ()).throw(ImportError))
+    flags += ["--pictures", "none.jpg"]
     monkeypatch.setattr(sys, "argv", ["real_images", *flags])
     real_images.main()
-    assert "not drawn, as matplotlib" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not drawn, as matplotlib" in said and "no held-out image has a name like none.jpg" in said
     assert len(in_process) == first and json.loads(results.read_text())["runs"] == content["runs"]
     # Nor are they trained again where only the results are.
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--output", str(tmp_path / "elsewhere")])

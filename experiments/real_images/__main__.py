@@ -10,11 +10,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 import train
 from cli import positive, run_program
 from config import InputError, config_from
 from data import CocoInstances
-from drawing import draw_instances
+from drawing import draw_rows
 from experiments.real_images import mask_rcnn
 from experiments.real_images.scoring import open_run
 from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
@@ -196,33 +198,27 @@ def plot(runs, path):
 
 
 def pictures(args, folders, path, count=5, threshold=0.5):
-    """JPEG of held-out images in rows, their names beside them: the ground truth, and what the systems' runs detect.
+    """JPEG of held-out images side by side: in the first row the ground truth, below what the systems' runs detect.
 
-    folders: {system: folder of its run}. The images are spread over those whose names --pictures fits.
+    folders: {system: folder of its run}. The images are spread over those whose names --pictures fits; prints them.
     """
-    from matplotlib.figure import Figure
-
-    detectors = {SYSTEMS[system]: open_run(folder)[0] for system, folder in folders.items()}
+    detectors = [open_run(folder)[0] for folder in folders.values()]
     dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, our_settings(args)[0].test_size)
     names = [dataset.coco.imgs[image_id]["file_name"] for image_id in dataset.image_ids]
-    chosen = [i for i, name in enumerate(names) if re.fullmatch(args.pictures, name)]
-    chosen = chosen[:: max(1, len(chosen) // count)][:count]
+    fitting = [i for i, name in enumerate(names) if re.fullmatch(args.pictures, name)]
+    chosen = fitting[:: max(1, len(fitting) // count)][:count]
     if not chosen:
-        return print(f"{path.name}: not drawn, as no held-out image's name is {args.pictures}", file=sys.stderr)
-    figure = Figure(figsize=(3.2 * (1 + len(detectors)), 2.8 * len(chosen)), layout="constrained")
-    grid = figure.subplots(len(chosen), 1 + len(detectors), squeeze=False)
-    for index, panels in zip(chosen, grid, strict=True):
+        print(f"{path.name}: not drawn, as no held-out image has a name like {args.pictures}", file=sys.stderr)
+        return
+    columns = []
+    for index in chosen:
         image, truth = dataset.ground_truth(index)
-        columns = {"ground truth": truth}
-        for name, detector in detectors.items():
-            [found] = detector([image / 255], [image.shape[1:]])[-1]
-            best = int((found["scores"] >= threshold).sum())  # they are in the order of their scores
-            columns[name] = {key: value[:best] for key, value in found.items()}
-        for axes, (title, instances) in zip(panels, columns.items(), strict=True):
-            axes.imshow(draw_instances(image, instances, dataset.classes).permute(1, 2, 0).numpy())
-            axes.set(xticks=[], yticks=[], title=title if index == chosen[0] else "")
-        panels[0].set_ylabel(Path(names[index]).stem, fontsize=8)
-    figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
+        found = [detector([image / 255], [image.shape[1:]])[-1][0] for detector in detectors]
+        shown = [{key: value[one["scores"] >= threshold] for key, value in one.items()} for one in found]
+        columns.append([(image, instances, dataset.classes) for instances in (truth, *shown)])
+    Image.fromarray(draw_rows(columns).permute(1, 2, 0).numpy()).reduce(2).save(path, quality=85)
+    rows = ", ".join(["ground truth", *(SYSTEMS[system] for system in folders)])
+    print(f"{path.name}: rows: {rows}; columns: {', '.join(names[i] for i in chosen)}")
 
 
 def split_training_images(args, output):
@@ -309,12 +305,12 @@ def main():
     (results / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(runs))
     folders = {s: output / f"{s}-0" for s in args.systems if (output / f"{s}-0" / "checkpoint.pt").exists()}
+    if folders:
+        pictures(args, folders, results / f"{name}.jpg")
     try:
         plot(runs, results / f"{name}.png")
-        if folders:
-            pictures(args, folders, results / f"{name}.jpg")
     except ImportError:
-        print(f"{name}.png, {name}.jpg: not drawn, as matplotlib is not installed", file=sys.stderr)
+        print(f"{name}.png: not drawn, as matplotlib is not installed", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from data import CocoInstances
 from detections import detect
 from eval import average_precision
 from experiments.real_images import mask_rcnn
-from formats.coco import coco_paths, coco_results, encode_masks
+from formats.coco import coco_paths, coco_results
 
 
 def open_run(folder):
@@ -33,7 +33,7 @@ def open_run(folder):
         return lambda images, sizes: [mask_rcnn.detect(model, images, sizes)], config["test_size"]
     model, _ = load_model(path)
     layers = range(model.config.decoder_layers + 1)
-    return partial(detect, model, layers=layers, encode=encode_masks), model.config.test_size
+    return partial(detect, model, layers=layers), model.config.test_size
 
 
 def score(detector, dataset):
