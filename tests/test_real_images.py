@@ -114,11 +114,15 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     flags += ["--mask-rcnn-flags", "--samples 4 --batch-size 2"]
     flags = list(map(str, [*flags, "--output", tmp_path / "runs", "--results", tmp_path]))
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "epochs.json").write_text('{"mask-dino": 1, "mask-rcnn": 1}')
+    known = {system: {"epochs": 1, "speed": 3} for system in ("mask-dino", "mask-rcnn")}
+    (tmp_path / "runs" / "epochs.json").write_text(json.dumps(known))
+    times = iter([0, 10, 10, 24])  # 10 s for one iteration, 14 s for five
+    monkeypatch.setattr(real_images, "cpu_seconds", lambda: next(times))
     monkeypatch.setattr(sys, "argv", ["real_images", *flags])
     real_images.main()
     first = len(in_process)
-    assert first == 7  # the speed of one system, whose epochs are not known; training and scores of all three
+    assert first == 8  # the speed of one system, whose epochs are not known; training and scores of all three
+    assert json.loads((tmp_path / "runs" / "epochs.json").read_text())["di-maskdino"] == {"epochs": 1, "speed": 2}
     [rcnn] = [words for words in in_process if words[1].endswith("mask_rcnn")]
     for flag in ("--backbone", NARROW), ("--train-size", "32"), ("--test-size", "32"), ("--backbone-weights", "none"):
         assert rcnn[rcnn.index(flag[0]) + 1] == flag[1]  # as of the other systems
@@ -127,7 +131,7 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     assert [run["system"] for run in content["runs"]] == list(real_images.SYSTEMS)
     for run in content["runs"]:
         assert len(run["scores"]) == (1 if run["system"] == "mask-rcnn" else 5)
-        assert run["epochs"] == 1 and run["seconds"] >= 0 and len(run["curve"]) == 1 and run["commit"] == "abc"
+        assert run["epochs"] == 1 and run["hours"] > 0 and len(run["curve"]) == 1 and run["commit"] == "abc"
     text = capsys.readouterr().out
     assert "| box, Mask R-CNN |" in text and "| DI-MaskDINO minus | seeds |" in text
     with Image.open(results.with_suffix(".jpg")) as picture, Image.open(results.with_suffix(".png")) as plot:
@@ -189,15 +193,15 @@ def made_up(system, seed, box):
     low = [{k: {m: v - 5 * (layers - 1 - i) for m, v in s.items()} for k, s in scores.items()} for i in range(layers)]
     for entry in low:
         entry["classes"] = [{"name": "cat", "box": 2 * box, "mask": None}]
-    return {"system": system, "seed": seed, "epochs": 9, "seconds": 600 + 60 * seed,
-            "curve": [{"seconds": 300, "box": 3.0, "mask": 4.0}], "scores": low}  # fmt: skip
+    return {"system": system, "seed": seed, "epochs": 9, "speed": 3.21, "hours": 1.0 + seed,
+            "curve": [{"minutes": 5.0, "box": 3.0, "mask": 4.0}], "scores": low}  # fmt: skip
 
 
 def test_tables():
     runs = [made_up(*run) for run in [("di-maskdino", 0, 20.0), ("di-maskdino", 1, 24.0), ("mask-dino", 0, 19.0),
                                       ("mask-dino", 1, 21.0), ("mask-rcnn", 1, 26.0)]]  # fmt: skip
     lines = real_images.markdown(runs).splitlines()
-    assert "| DI-MaskDINO | 2 | 9 | 10.5 ± 0.7 |" in lines
+    assert "| DI-MaskDINO | 2 | 9 | 3.21 | 1.5 ± 0.7 |" in lines
     assert "| box, DI-MaskDINO" + " | 22.0 ± 2.8" * 6 + " |" in lines
     assert {"| AP | cat |", "| box, DI-MaskDINO | 44.0 ± 5.7 |", "| mask, Mask DINO | - |"} <= set(lines)
     assert "| mask AP, Mask DINO | 11.0 ± 1.4 | 16.0 ± 1.4 | 21.0 ± 1.4 |" in lines
@@ -205,8 +209,3 @@ def test_tables():
     # 1 and 3: 2 ± 12.706; against Mask R-CNN a single pair.
     assert "| Mask DINO | 2" + " | +2.0 [-10.7, +14.7]" * 2 + " | +0.0 [+0.0, +0.0]" * 2 + " |" in lines
     assert "| Mask R-CNN | 1" + " | -2.0" * 2 + " |  |  |" in lines
-
-
-def test_seconds_of_training():
-    log = [{"iteration": 20, "images_per_second": 4.0}, {"iteration": 40, "images_per_second": 2.0}]
-    assert [real_images.training_seconds(log, i, 2) for i in (10, 20, 30, 40)] == [5.0, 10.0, 20.0, 30.0]

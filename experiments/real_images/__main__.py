@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"di-maskdino": "DI-MaskDINO", "mask-dino": "Mask DINO", "mask-rcnn": "Mask R-CNN"}
 MODULES = {"di-maskdino": [], "mask-dino": ["--no-di", "--no-bato"]}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-CALIBRATION = 60  # iterations, of which the last 20 are timed
+CALIBRATION = 40  # iterations that are timed
 EVALUATIONS = 6  # along a run
 
 
@@ -63,59 +64,58 @@ def read_log(folder):
     return [e for e in entries if "loss" in e], [e for e in entries if "box" in e]
 
 
-def measure_epochs(args, output, num_images, earlier):
-    """{system: epochs that fill the time}, by the speed of a few iterations on a machine as busy as in the runs.
+def cpu_seconds():
+    """Seconds that this process and those it has waited for have computed: what else runs hardly changes them."""
+    return sum(os.times()[:4])
 
-    Measured once and kept in epochs.json, so that all seeds, also later ones, train as long as the `earlier` runs.
+
+def measure_epochs(args, output, num_images, earlier):
+    """{system: {"epochs": that fill the minutes of computing, "speed": images per second of computing}}.
+
+    Measured once, one system at a time, as the difference of a run of one iteration and a longer one, and kept in
+    epochs.json, so that all seeds, also later ones, train as long as the `earlier` runs.
     """
     path = output / "epochs.json"
-    known = {run["system"]: run["epochs"] for run in earlier}
+    known = {run["system"]: {"epochs": run["epochs"], "speed": run["speed"]} for run in earlier}
     known |= json.loads(path.read_text()) if path.exists() else {}
-    if missing := [system for system in args.systems if system not in known]:
-        folders = {system: output / "speed" / system for system in missing}
-        runs = []
-        for system, folder in folders.items():  # so many epochs that none ends in the measurement, or is evaluated
-            epochs = CALIBRATION * images_per_step(args, system) // num_images + 1
-            more = ["--eval-every", epochs + 1, "--max-iterations", CALIBRATION]
-            runs.append((folder, "checkpoint.pt", training_command(args, system, folder, 0, epochs, *more)))
-        run_all(runs, args.jobs)
-        for system, folder in folders.items():
-            speed = read_log(folder)[0][-1]["images_per_second"]
-            known[system] = max(1, round(60 * args.minutes * speed / num_images))
-            print(f"{SYSTEMS[system]}: {speed:.2f} images per second, {known[system]} epochs in {args.minutes:g} min")
+    for system in args.systems:
+        if system in known:
+            continue
+        images, seconds = CALIBRATION * images_per_step(args, system), 0
+        epochs = images // num_images + 2  # so that no epoch of both ends in the measurement and is evaluated
+        for sign, stop in ((-1, 1), (1, 1 + CALIBRATION)):
+            folder, before = output / "speed" / f"{system}-{stop}", cpu_seconds()
+            shutil.rmtree(folder, ignore_errors=True)  # of a measurement that was stopped
+            more = ["--eval-every", epochs + 1, "--max-iterations", stop]
+            run_all([(folder, "checkpoint.pt", training_command(args, system, folder, 0, epochs, *more))], 1)
+            seconds += sign * (cpu_seconds() - before)
+        speed = images / seconds
+        known[system] = {"epochs": max(1, round(60 * args.minutes * speed / num_images)), "speed": speed}
+        print(f"{SYSTEMS[system]}: {speed:.2f} images per second, {known[system]['epochs']} epochs")
         path.write_text(json.dumps(known) + "\n")
     return known
 
 
-def training_seconds(training, iteration, batch_size):
-    """Seconds of training, without evaluations, up to an iteration, from the speed in the lines of the log."""
-    seconds, last = 0.0, 0
-    for entry in training:
-        steps = min(entry["iteration"], iteration) - last
-        seconds += max(0, steps) * batch_size / entry["images_per_second"]
-        last = min(entry["iteration"], iteration)
-    return seconds
-
-
 def collect(args, output, epochs):
-    """The scored runs, a list of dictionaries: system, seed, commit, epochs, seconds of training, curve, scores.
+    """The scored runs, a list of dictionaries: system, seed, commit, epochs, speed, hours, curve, scores.
 
-    curve: [{"seconds", "box", "mask"}, ...], AP of the evaluations along the run; scores: of each layer {"box":
-    {metric: percent}, "mask": {...}, "classes": [...]}, see `scoring.score`.
+    hours: by the clock, evaluations included; curve: [{"minutes" of computing, "box", "mask"}, ...], AP of the
+    evaluations along the run; scores: of each layer {"box": {metric: percent}, "mask": {...}, "classes": [...]}, see
+    `scoring.score`.
     """
     runs = []
     for system in args.systems:
-        batch_size = images_per_step(args, system)
+        batch_size, speed = images_per_step(args, system), epochs[system]["speed"]
         for seed in range(args.seeds):
             folder = output / f"{system}-{seed}"
             if (folder / "scores.json").exists():
                 training, evaluations = read_log(folder)
-                time = lambda entry: round(training_seconds(training, entry["iteration"], batch_size))  # noqa: E731, B023
-                curve = [{"seconds": time(e), "box": e["box"]["AP"], "mask": e["mask"]["AP"]} for e in evaluations]
+                curve = [{"minutes": round(e["iteration"] * batch_size / speed / 60, 1), "box": e["box"]["AP"],
+                          "mask": e["mask"]["AP"]} for e in evaluations]  # fmt: skip
                 made = ", ".join((folder / "commit.txt").read_text().split())
-                run = {"system": system, "seed": seed, "commit": made, "epochs": epochs[system]}
+                run = {"system": system, "seed": seed, "commit": made, **epochs[system]}
                 scores = json.loads((folder / "scores.json").read_text())
-                runs.append(run | {"seconds": time(training[-1]), "curve": curve, "scores": scores})
+                runs.append(run | {"hours": training[-1]["seconds"] / 3600, "curve": curve, "scores": scores})
     return runs
 
 
@@ -137,9 +137,9 @@ def table(head, rows):
 def markdown(runs):
     """Tables of mean ± standard deviation over the seeds, and paired differences with their 95 % intervals."""
     mine = {s: some for s in SYSTEMS if (some := [run for run in runs if run["system"] == s])}
-    minutes = [[SYSTEMS[s], len(some), some[0]["epochs"], mean_sd([run["seconds"] / 60 for run in some])]
-               for s, some in mine.items()]  # fmt: skip
-    lines = table(["system", "seeds", "epochs", "minutes of training"], minutes)
+    times = [[SYSTEMS[s], len(some), some[0]["epochs"], f"{some[0]['speed']:.2f}", mean_sd([r["hours"] for r in some])]
+             for s, some in mine.items()]  # fmt: skip
+    lines = table(["system", "seeds", "epochs", "images per second of computing", "hours by the clock"], times)
     cell = lambda some: mean_sd(some) if some else "-"  # noqa: E731
     rows = [[f"{kind}, {SYSTEMS[s]}", *(cell(values(runs, s, kind, metric)) for metric in METRICS)]
             for kind in ("box", "mask") for s in mine]  # fmt: skip
@@ -187,10 +187,10 @@ def plot(runs, path):
     for axes, kind in zip(panels, ("box", "mask"), strict=True):
         for number, (system, name) in enumerate(SYSTEMS.items()):
             for run in [run for run in runs if run["system"] == system]:
-                points = [(0, 0)] + [(point["seconds"] / 60, point[kind]) for point in run["curve"]]
+                points = [(0, 0)] + [(point["minutes"], point[kind]) for point in run["curve"]]
                 axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, color=f"C{number}", label=name)
                 name = None  # one line of the legend for all seeds
-        axes.set(title=f"{kind} AP", xlabel="minutes of training on one core")
+        axes.set(title=f"{kind} AP", xlabel="minutes of computing on one core")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("AP, percent")
     panels[0].legend(loc="upper left")
@@ -248,7 +248,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data-root", required=True, metavar="DIR", help="folder of a data set in COCO's layout, with val images")
-    add("--minutes", type=float, default=60, help="of training for each run, evaluations apart (default: 60)")
+    add("--minutes", type=float, default=60, help="of computing in the training of each run (default: 60)")
     add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which to run (default: all)")
     add("--backbone-weights", default="MobileNet_V2_Weights.IMAGENET1K_V1", metavar="NAME-OR-FILE",
@@ -294,8 +294,8 @@ def main():
         (system, seed, output / f"{system}-{seed}")
         for seed in range(args.seeds) for system in args.systems if (system, seed) not in known
     ]  # fmt: skip
-    run_all([(f, "eval.json", training_command(args, system, f, seed, epochs[system])) for system, seed, f in work],
-            args.jobs)  # fmt: skip
+    commands = [training_command(args, system, f, seed, epochs[system]["epochs"]) for system, seed, f in work]
+    run_all([(f, "eval.json", command) for (_, _, f), command in zip(work, commands, strict=True)], args.jobs)
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
