@@ -5,16 +5,13 @@ from functools import cache
 
 import pytest
 import torch
-from programs import NARROW
+import toys
 
 from checkpoint import check_config, load_model, save_checkpoint
 from config import Config, InputError
 from di import gather_tokens
 from losses import SetCriterion
-from model import build_model
 
-SMALL = {"num_classes": 4, "encoder_layers": 1, "selections": (40, 20), "num_guiding": 8, "loss_points": 32}
-SMALL |= {"backbone": NARROW}
 SWITCHES = {
     "default": {},
     "no DI": {"di": False},
@@ -26,7 +23,7 @@ SWITCHES = {
     "single": {"selections": (20,)},
     "triple": {"selections": (40, 30, 20)},
     "no narrowing": {"selections": (20, 20)},
-    "five layers": {"decoder_layers": 5},
+    "four layers": {"decoder_layers": 4},
     "box losses": {"box_loss_scale": 0.1},
     "random positions": {"position_tokens": "random"},
     "random positions, neither": {"position_tokens": "random", "di": False, "bato": False},
@@ -37,10 +34,7 @@ SWITCHES = {
 
 def small_model(switch="default"):
     """The model with a switch set; where it has a parameter in common with the default model, the value is the same."""
-    torch.manual_seed(0)
-    default = build_model("tiny", **SMALL)
-    torch.nn.init.normal_(default.heads.box_head.layers[-1].weight, std=0.1)  # zero at first: no box would move
-    model = build_model("tiny", **(SMALL | SWITCHES[switch]))
+    default, model = toys.model(), toys.model(**SWITCHES[switch])
     state = {name: value for name, value in default.state_dict().items() if name in model.state_dict()}
     missing, _ = model.load_state_dict(state, strict=False)
     assert len(missing) < len(model.state_dict()) / 2
@@ -49,17 +43,7 @@ def small_model(switch="default"):
 
 def batch(*counts):
     """Images and targets with these numbers of instances."""
-    generator = torch.Generator().manual_seed(1)
-    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
-    targets = [
-        {
-            "labels": (4 * rand(n)).long(),
-            "boxes": torch.cat([rand(n, 2) * 0.4 + 0.3, rand(n, 2) * 0.3 + 0.1], 1),
-            "masks": rand(n, 64, 64) > 0.5,
-        }
-        for n in counts
-    ]
-    return rand(len(counts), 3, 64, 64), targets
+    return torch.rand(len(counts), 3, 64, 64, generator=torch.Generator().manual_seed(1)), toys.targets(*counts)
 
 
 @cache
@@ -85,7 +69,7 @@ def inspect(switch, training=False):
 
 
 def parameters(switch):
-    return {name for name, _ in build_model("tiny", **(SMALL | SWITCHES[switch])).named_parameters()}
+    return {name for name, _ in toys.model(**SWITCHES[switch]).named_parameters()}
 
 
 def test_which_parameters_exist():
@@ -93,7 +77,7 @@ def test_which_parameters_exist():
     interaction, bato = ({n for n in default if n.startswith(start)} for start in ("di.interactions.0.", "bato."))
     assert interaction and bato
     second = {name.replace("interactions.0.", "interactions.1.") for name in interaction}
-    further = {n.replace("layers.2.", f"layers.{i}.") for n in default if "decoder.layers.2." in n for i in (3, 4)}
+    further = {n.replace("layers.1.", f"layers.{i}.") for n in default if "decoder.layers.1." in n for i in (2, 3)}
     position = {"di.position_tokens.weight"}
     expected = {
         "no DI": default - interaction,
@@ -105,7 +89,7 @@ def test_which_parameters_exist():
         "single": default - interaction,
         "triple": default | second,
         "no narrowing": default,
-        "five layers": default | further,
+        "four layers": default | further,
         "box losses": default,
         "random positions": default | position,
         "random positions, neither": default - interaction - bato | position,
@@ -159,7 +143,7 @@ def test_one_selection_is_the_best_of_the_first(switch):
 
 
 @pytest.mark.parametrize(
-    "switch", ["no BATO", "T_s1 guides", "T_s2 guides", "no GTG", "five layers", "random positions"]
+    "switch", ["no BATO", "T_s1 guides", "T_s2 guides", "no GTG", "four layers", "random positions"]
 )
 def test_deimbalance_stays_as_it_is(switch):
     (ours, _, _), (theirs, _, _) = inspect(switch), inspect("default")
@@ -234,7 +218,7 @@ def test_random_position_tokens_replace_the_boxes_of_the_matching_queries_only(s
 
 
 def test_random_position_tokens_with_few_tokens():
-    model = build_model("tiny", selections=(300,), position_tokens="random").eval()
+    model = toys.model(selections=(300,), position_tokens="random").eval()
     with torch.no_grad():
         assert model(torch.rand(1, 3, 32, 32))["pred_boxes"].shape[1] == 22
 
@@ -258,7 +242,7 @@ def test_boxes_of_the_head_enter_the_interaction_without_gradient():
 
 
 def test_box_loss_scale_changes_the_weights_of_the_box_losses_alone():
-    ours, theirs = (SetCriterion(build_model("tiny", **SWITCHES[s]).config) for s in ("box losses", "default"))
+    ours, theirs = (SetCriterion(toys.model(**SWITCHES[s]).config) for s in ("box losses", "default"))
     assert ours.weights.keys() == theirs.weights.keys()
     for name, weight in theirs.weights.items():
         factor = 0.1 if name.startswith(("loss_bbox", "loss_giou")) else 1
@@ -297,15 +281,15 @@ def test_impossible_settings_are_named(settings, named):
         ("neither", "bato"),
         ("single", "selections"),
         ("triple", "selections"),
-        ("five layers", "decoder_layers"),
+        ("four layers", "decoder_layers"),
         ("random positions", "position_tokens"),
     ],
 )
 def test_weights_of_another_architecture_are_refused(switch, setting, tmp_path):
     """A checkpoint whose config is not that of its weights, either way; the error names what differs."""
-    default, other = (build_model("tiny", **(SMALL | SWITCHES[s])) for s in ("default", switch))
+    default, other = (toys.model(**SWITCHES[s]) for s in ("default", switch))
     for a, b in ((default, other), (other, default)):
-        content = {"model": b.state_dict(), "config": asdict(a.config), "classes": list("abcd")}
+        content = {"model": b.state_dict(), "config": asdict(a.config), "classes": list(toys.CLASSES)}
         save_checkpoint(tmp_path / "checkpoint.pt", content)
         with pytest.raises(InputError, match=rf"checkpoint\.pt: .*{setting}"):
             load_model(tmp_path / "checkpoint.pt")
@@ -314,12 +298,11 @@ def test_weights_of_another_architecture_are_refused(switch, setting, tmp_path):
 @pytest.mark.parametrize("switch", list(SWITCHES)[1:])
 def test_a_checkpoint_of_another_configuration_is_refused(switch, tmp_path):
     """Also where all parameters are the same, as the checkpoint holds its settings."""
-    model = build_model("tiny", **(SMALL | SWITCHES[switch]))
-    checkpoint = {"model": model.state_dict(), "config": asdict(model.config), "classes": list("abcd"), "settings": {}}
-    save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
-    loaded, checkpoint = load_model(tmp_path / "checkpoint.pt")
+    model = toys.model(**SWITCHES[switch])
+    loaded, checkpoint = load_model(toys.save(tmp_path / "checkpoint.pt", model))
     assert loaded.config == model.config
+    checkpoint["settings"] = {}
     check_config("checkpoint.pt", checkpoint, model.config, {})
     with pytest.raises(InputError) as error:
-        check_config("checkpoint.pt", checkpoint, build_model("tiny", **SMALL).config, {})
+        check_config("checkpoint.pt", checkpoint, toys.model().config, {})
     assert all(name in str(error.value) for name in SWITCHES[switch])

@@ -3,17 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 
 from di import Queries
 from encoder import Features
-from model import build_model
 
 
 @pytest.fixture
 def guided():
     """BATO's model with 8 guiding queries, its inputs, and their `Queries` with gradients."""
-    torch.manual_seed(0)
-    model = build_model("tiny", num_guiding=8)
+    model = toys.model(num_guiding=8)
     queries = Queries(torch.randn(2, 20, 64, requires_grad=True), torch.rand(2, 20, 4, requires_grad=True))
     features = Features(torch.randn(2, 22, 64), [(1, 1), (1, 1), (2, 2), (4, 4)], torch.randn(2, 64, 8, 8))
     return model, queries, features

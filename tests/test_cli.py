@@ -9,13 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
 from programs import NARROW, Process, group
 
@@ -25,19 +25,13 @@ import eval as evaluation
 import predict
 import shapes as generated
 import train
-from config import PRESETS, InputError
+from config import InputError
 from formats.bdd100k import BDD100K_CLASSES
 from formats.images import DataError
-from model import DIMaskDINO
 from shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "predict.py": predict.main}
-
-
-def write_checkpoint(path, classes):
-    config = replace(PRESETS["tiny"], backbone=NARROW, num_classes=len(classes), test_size=(64, 64))
-    torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +40,8 @@ def good(tmp_path_factory):
     root = tmp_path_factory.mktemp("good")
     make_shapes(root / "coco", train=4, val=2, size=64)
     categories = json.loads((root / "coco/annotations/instances_val2017.json").read_bytes())["categories"]
-    write_checkpoint(root / "coco.pt", [category["name"] for category in categories])
-    write_checkpoint(root / "bdd100k.pt", list(BDD100K_CLASSES))
+    toys.save_untrained(root / "coco.pt", [category["name"] for category in categories], backbone=NARROW)
+    toys.save_untrained(root / "bdd100k.pt", BDD100K_CLASSES, backbone=NARROW)
     for split in ("train", "val"):
         bitmasks, images = root / f"bdd100k/labels/ins_seg/bitmasks/{split}", root / f"bdd100k/images/10k/{split}"
         bitmasks.mkdir(parents=True)

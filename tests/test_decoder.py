@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+import toys
 
 from decoder import masks
 from di import Queries
 from encoder import Features
-from model import build_model
 
 
 def test_masks_are_dot_products_with_the_pixel_features():
-    heads = build_model("tiny").heads
+    heads = toys.model().heads
     x, features = torch.randn(2, 5, 64), torch.randn(2, 64, 4, 6)
     found = masks(heads(x, torch.rand(2, 5, 4), features))
     embeddings = heads.mask_head(heads.norm(x))
@@ -21,7 +21,7 @@ def test_masks_are_dot_products_with_the_pixel_features():
 
 
 def test_boxes_look_forward_twice():
-    heads = build_model("tiny").heads
+    heads = toys.model().heads
     x, features = torch.randn(1, 5, 64), torch.randn(1, 64, 4, 4)
     boxes = torch.rand(1, 5, 4, requires_grad=True)
     heads.predict_layer(x, boxes, features)["pred_boxes"].sum().backward()
@@ -30,10 +30,8 @@ def test_boxes_look_forward_twice():
 
 @pytest.fixture
 def layers():
-    """A decoder with its heads, `Features` and `Queries`; the box head moves boxes, which at first it does not."""
-    torch.manual_seed(0)
-    model = build_model("tiny")
-    torch.nn.init.normal_(model.heads.box_head.layers[-1].weight, std=0.1)
+    """A decoder with its heads, `Features` and `Queries`."""
+    model = toys.model(decoder_layers=3)
     features = Features(torch.randn(1, 22, 64), [(1, 1), (1, 1), (2, 2), (4, 4)], torch.randn(1, 64, 8, 8))
     return model.decoder, model.heads, features, Queries(torch.randn(1, 6, 64), torch.rand(1, 6, 4))
 

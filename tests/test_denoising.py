@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
 
 from config import PRESETS
 from denoising import Denoising
 from di import Queries
-from model import build_model
 
-CLASSES, WIDTH = 5, 32
+CLASSES, WIDTH = PRESETS["tiny"].num_classes, 32
 
 
 def denoise(batch, num_matching=4, num_queries=100, noise_scale=0.4):
     """The queries in front of `num_matching` others: content, boxes, attention mask, groups; and the embedding."""
     torch.manual_seed(0)
-    fields = {"num_classes": CLASSES, "hidden_dim": WIDTH, "denoising_queries": num_queries, "noise_scale": noise_scale}
+    fields = {"hidden_dim": WIDTH, "denoising_queries": num_queries, "noise_scale": noise_scale}
     denoising = Denoising(replace(PRESETS["tiny"], **fields)).double().train()
     shape = len(batch), num_matching
     matching = Queries(torch.rand(*shape, WIDTH).double(), torch.rand(*shape, 4).double())
@@ -27,10 +27,7 @@ def denoise(batch, num_matching=4, num_queries=100, noise_scale=0.4):
 
 
 def targets(*counts):
-    def boxes(n):
-        return torch.cat([torch.rand(n, 2) * 0.4 + 0.3, torch.rand(n, 2) * 0.3 + 0.1], 1).double()
-
-    return [{"labels": torch.randint(CLASSES, (n,)), "boxes": boxes(n)} for n in counts]
+    return toys.targets(*counts, dtype=torch.float64)
 
 
 def test_without_noise_the_queries_are_the_ground_truth():
@@ -101,13 +98,12 @@ def test_a_fifth_of_the_labels_becomes_random():
     content, _, _, groups, embedding = denoise(batch, 4, 10000, 0.4)
     label = (content[0, :, None] == embedding.weight).all(-1).int().argmax(-1)
     share = label.bincount(minlength=CLASSES) / groups
-    wanted = torch.tensor([0.04, 0.04, 0.84, 0.04, 0.04])  # a fifth is redrawn, from all classes
+    wanted = torch.full((CLASSES,), 0.02).index_fill(0, torch.tensor(2), 0.82)  # a fifth is redrawn, from all classes
     assert (share - wanted).abs().max() < 0.015
 
 
 def test_matching_predictions_do_not_see_the_denoising_queries():
-    torch.manual_seed(0)
-    model = build_model("tiny", num_classes=CLASSES, encoder_layers=1).double().train()
+    model = toys.model().double().train()
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         alone = model(images)
@@ -119,9 +115,7 @@ def test_matching_predictions_do_not_see_the_denoising_queries():
 
 
 def test_groups_do_not_see_each_other():
-    torch.manual_seed(0)
-    model = build_model("tiny", num_classes=CLASSES, encoder_layers=1, denoising_queries=50, noise_scale=0.0)
-    model.double().train()
+    model = toys.model(denoising_queries=50, noise_scale=0.0).double().train()
     with torch.no_grad():
         outputs = model(torch.rand(1, 3, 64, 64), targets(4))["dn_outputs"]
     groups = outputs["num_groups"]

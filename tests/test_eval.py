@@ -7,23 +7,22 @@ import multiprocessing
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import eval as evaluation
-from config import PRESETS, InputError
+from config import InputError
 from data import CocoInstances
 from formats.coco import coco_results, encode_masks
-from model import DIMaskDINO
 from shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -511,10 +510,7 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     make_shapes(root / "data", train=1, val=4, size=64)
     categories = json.loads((root / "data/annotations/instances_val2017.json").read_text())["categories"]
-    config = replace(PRESETS["tiny"], num_classes=len(categories), test_size=(64, 64))
-    torch.manual_seed(0)
-    checkpoint = {"model": DIMaskDINO(config).state_dict(), "config": asdict(config)}
-    torch.save(checkpoint | {"classes": [category["name"] for category in categories]}, root / "checkpoint.pt")
+    toys.save_untrained(root / "checkpoint.pt", [category["name"] for category in categories])
     return root
 
 

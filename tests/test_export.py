@@ -3,26 +3,21 @@
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
 
 import pytest
 import torch
-from programs import NARROW
+import toys
 from torch._inductor import config as inductor
 
 import backbone
 import export
-from checkpoint import save_checkpoint
 from cli import run_program
-from config import PRESETS
 from detections import postprocess
 from export import Detector, dynamic_sizes, trace, write
-from model import DIMaskDINO
 
 SIZES = [(1, 96, 96), (2, 128, 96), (1, 160, 224)]
-# As `tiny`, but with no more layers than there are kinds of: tracing takes its time for every operation.
-SMALL = {"encoder_layers": 1, "encoder_feedforward_dim": 64, "feedforward_dim": 64}
-SMALL |= {"interaction_layers": 1, "decoder_layers": 2, "frozen_batch_norm": True, "backbone": NARROW}
+# No more layers than there are kinds of: tracing takes its time for every operation.
+SMALL = {"interaction_layers": 1, "encoder_feedforward_dim": 64, "feedforward_dim": 64, "frozen_batch_norm": True}
 MASK_DINO = {"di": False, "bato": False, "decoder_layers": 1}
 
 # Where no module of this repository is found.
@@ -44,8 +39,7 @@ assert not {"attention", "model", "export"} & set(sys.modules)
 
 def small_model(**settings):
     """A small model: scores and boxes so far apart that rounding changes no order, mask logits of about 1."""
-    torch.manual_seed(0)
-    model = DIMaskDINO(replace(PRESETS["tiny"], **SMALL | settings)).eval()
+    model = toys.model(**SMALL | settings).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -119,9 +113,7 @@ def program(tmp_path, monkeypatch, capsys):
 def swin(tmp_path, monkeypatch):
     """In that folder, c.pt: a checkpoint of a model with a small Swin transformer."""
     monkeypatch.setitem(backbone.SWINS, "swin_small", (32, 2, 7, 0.0))
-    model = small_model(backbone="swin_small")
-    content = {"model": model.state_dict(), "config": asdict(model.config), "classes": [*"abcdefghij"]}
-    save_checkpoint(tmp_path / "c.pt", content)
+    toys.save(tmp_path / "c.pt", small_model(backbone="swin_small"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--half"]])

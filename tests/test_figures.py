@@ -2,22 +2,19 @@
 
 import json
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
-from programs import NARROW
 
-from checkpoint import save_checkpoint
 from config import InputError
 from data import eval_transform
 from detections import detect
 from di import candidate_boxes
 from experiments import figures
 from formats.images import DataError
-from model import build_model
 
 pytest.importorskip("matplotlib")
 
@@ -27,13 +24,12 @@ def checkpoints(tmp_path_factory):
     """Checkpoints of tiny Mask DINO and DI-MaskDINO with random weights."""
     paths = []
     for name, modules in (("mask_dino", False), ("di", True)):
-        torch.manual_seed(0)
-        model = build_model("tiny", num_classes=3, backbone=NARROW, di=modules, bato=modules)
-        torch.nn.init.normal_(model.heads.box_head.layers[-1].weight, std=0.2)  # zero at first: no box would move
-        paths.append(tmp_path_factory.mktemp("checkpoints") / f"{name}.pt")
-        content = {"model": model.state_dict(), "config": asdict(model.config), "classes": ["cat", "dog", "bird"]}
-        save_checkpoint(paths[-1], content)
-    return list(map(str, paths))
+        model = toys.model(
+            num_classes=3, selections=(60, 30), num_guiding=15, decoder_layers=3, di=modules, bato=modules
+        )
+        path = tmp_path_factory.mktemp("checkpoints") / f"{name}.pt"
+        paths.append(str(toys.save(path, model, ["cat", "dog", "bird"])))
+    return paths
 
 
 @pytest.fixture
@@ -64,7 +60,7 @@ def test_names(checkpoints):
 @pytest.mark.parametrize("levels", [4, 5])
 def test_tokens_are_where_the_model_has_them(size, levels):
     """At the centres of the model's own candidate boxes, for the level shapes of its encoder."""
-    model = build_model("tiny", num_levels=levels, selections=(20, 10), backbone=NARROW).eval()
+    model = toys.model(num_levels=levels, selections=(20, 10)).eval()
     shapes = []
     model.encoder.register_forward_hook(lambda _, args, out: shapes.append(out[1]))
     with torch.no_grad():

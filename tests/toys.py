@@ -1,6 +1,6 @@
 """A small model, and targets and predictions for it: what most tests start from."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # no public name of it
@@ -8,8 +8,9 @@ from torchvision.models._api import register_model  # no public name of it
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from config import PRESETS
-from model import DIMaskDINO, build_model
+from model import build_model
 
+CLASSES = tuple(f"kind {i}" for i in range(PRESETS["tiny"].num_classes))
 NARROW = "resnet_narrow"  # the name of NarrowResNet among torchvision's models, once this module is imported
 # As `tiny`, but with few queries, and no more layers than there are kinds of.
 SMALL = {
@@ -105,13 +106,17 @@ def outputs(batch=2, *, queries=5, selected=8, denoising=0, groups=1, classes=10
     return found
 
 
-def save_untrained(path, **settings):
-    """Write a checkpoint of an untrained model of ten classes for images of 64 pixels; returns its path."""
-    torch.manual_seed(0)
-    config = replace(PRESETS["tiny"], test_size=(64, 64), **settings)
-    classes = [f"kind {i}" for i in range(config.num_classes)]
-    torch.save({"model": DIMaskDINO(config).state_dict(), "config": asdict(config), "classes": classes}, path)
+def save(path, model, classes=CLASSES):
+    """Write a checkpoint of this model, whose classes have these names; returns its path."""
+    content = {"model": model.state_dict(), "config": asdict(model.config), "classes": list(classes)}
+    torch.save(content, path)
     return path
+
+
+def save_untrained(path, classes=CLASSES, **settings):
+    """Write a checkpoint of an untrained `tiny` for images of 64 pixels; returns its path."""
+    torch.manual_seed(0)
+    return save(path, build_model("tiny", num_classes=len(classes), test_size=(64, 64), **settings), classes)
 
 
 class Float32Finder(TorchDispatchMode):
