@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 
+from formats.segmentations import annotation_of
+
 
 def _ellipse(rx, ry, x=0.0):
     angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
@@ -96,17 +98,9 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
             rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
             for label, rle in zip(labels, rles, strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i + 1,
-                        "category_id": label + 1,
-                        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                        "bbox": mask_utils.toBbox(rle).tolist(),
-                        "area": int(mask_utils.area(rle)),
-                        "iscrowd": 0,
-                    }
-                )
+                annotation = annotation_of(rle, i + 1, label + 1)
+                annotation["segmentation"]["counts"] = rle["counts"].decode()
+                annotations.append({"id": len(annotations) + 1} | annotation)
         written[path] = {
             "info": {"description": "generated shapes", "settings": settings},
             "images": images,

@@ -21,7 +21,7 @@ from torchvision.ops import box_convert
 
 from config import InputError
 from formats.images import DataError, image_size, short
-from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, TRIMMED, check_segmentations, mask_area
+from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, STRANGE, TRIMMED, check_segmentations, mask_area
 
 
 def coco_paths(root, split):
@@ -37,20 +37,18 @@ def coco_paths(root, split):
     if split == "test":
         names += ["image_info_test-dev2017.json", "image_info_test2017.json"]
     coco = [path for name in names if (path := root / "annotations" / name).is_file()]
-    folder = root / {"val": "valid"}.get(split, split)
-    roboflow = folder / "_annotations.coco.json"
+    roboflow = root / {"val": "valid"}.get(split, split) / "_annotations.coco.json"
+    if coco and roboflow.is_file():
+        raise DataError(f"{root}: has both {coco[0]} and {roboflow}; remove one, or name the files with flags")
     if roboflow.is_file():
-        if coco:
-            raise DataError(f"{root}: has both {coco[0]} and {roboflow}; remove one, or name the files with flags")
-        return roboflow, folder
+        return roboflow, roboflow.parent
     if not coco:
         raise DataError(f"{root}: has neither annotations/{' nor annotations/'.join(names)} (COCO's layout) nor"
                         f" {roboflow.relative_to(root)} (Roboflow's); check the data root")  # fmt: skip
-    folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
-    for folder in folders:
-        if folder.is_dir():
-            return coco[0], folder
-    raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
+    folders = root / f"{split}2017", root / "images" / f"{split}2017"
+    if not any(map(Path.is_dir, folders)):
+        raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
+    return coco[0], next(filter(Path.is_dir, folders))
 
 
 def match_classes(trained, classes):
@@ -86,7 +84,6 @@ OTHER_KINDS = {  # a field that only entries of another kind of COCO's files hav
     "caption": "captions",
 }
 FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # iscrowd and ignore; True and 1.0 are found as 1
-STRANGE = "strange"  # one more kind of fault
 NOTES = {
     STRANGE: "annotation(s) of images that are not in the file left out",
     LEFT_OUT: "annotation(s) left out",
@@ -165,49 +162,47 @@ def _normalise(dataset, image_dir, need_annotations):
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     sizes[None] = math.inf, math.inf  # of an annotation whose image is unknown
 
-    faults = _refer(dataset["annotations"], "image_id", image_ids, STRANGE)
-    annotations = _without(dataset["annotations"], faults, STRANGE)
+    annotations = dataset["annotations"]
+    faults = _refer(annotations, "image_id", image_ids, STRANGE)
     faults += _refer(annotations, "category_id", category_ids, REFUSED) + _check_numbers(annotations)
     for start in range(0, len(annotations), 2_000):
         faults += check_segmentations(annotations[start : start + 2_000], sizes)
-    useful = _without(annotations, faults, LEFT_OUT)
-    _report(dataset["annotations"], faults, notes)
-    dataset["annotations"] = useful
-    if need_annotations and not useful:
+    useless = _report(annotations, faults, notes)
+    dataset["annotations"] = annotations = [a for a in annotations if id(a) not in useless] if useless else annotations
+    if need_annotations and not annotations:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
-    if useful and all(max(annotation["bbox"]) <= 1 for annotation in useful):
-        raise DataError(f"no box goes beyond 1, the first is {useful[0]['bbox']}, expected pixels")
+    if annotations and all(max(annotation["bbox"]) <= 1 for annotation in annotations):
+        raise DataError(f"no box goes beyond 1, the first is {annotations[0]['bbox']}, expected pixels")
     _unique_names(dataset, notes)
-    for number, annotation in enumerate(useful, start=1):
+    for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
         if annotation["area"] is None:
             annotation["area"] = mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
     return notes
 
 
-def _without(annotations, faults, unwanted):
-    """The annotations that have no fault of a kind."""
-    found = {id(annotation) for kind, annotation, _ in faults if kind == unwanted}
-    return [annotation for annotation in annotations if id(annotation) not in found] if found else annotations
-
-
 def _report(annotations, faults, notes):
-    """Raise DataError for annotations that are refused, note those with other faults; what is left out has no other."""
-    useless = {id(annotation) for kind, annotation, _ in faults if kind == LEFT_OUT}
-    for wanted in (REFUSED, *NOTES):
-        found = {}  # annotation -> the first thing that is said of it
-        for kind, annotation, why in faults:
-            if kind == wanted and (kind == LEFT_OUT or id(annotation) not in useless):
-                found.setdefault(id(annotation), (annotation, why))
+    """Note the faults, of each annotation the one of the first kind; returns the id() of what is to be left out.
+
+    Raises DataError where one is REFUSED.
+    """
+    worst = {}  # id() of an annotation: (kind, annotation, why)
+    for fault in faults:
+        if fault[0] < worst.get(id(fault[1]), (math.inf,))[0]:
+            worst[id(fault[1])] = fault
+    places = {id(annotation): place for place, annotation in enumerate(annotations)} if worst else {}
+    for kind in (REFUSED, *NOTES):
+        found = [(annotation, why) for other, annotation, why in worst.values() if other == kind]
         if not found:
             continue
-        annotation, why = next(iter(found.values()))
-        number = next(i for i, other in enumerate(annotations) if other is annotation)
-        name = short(annotation["id"]) if "id" in annotation else f"without id, entry {number} of 'annotations'"
-        if wanted == REFUSED:
+        annotation, why = min(found, key=lambda pair: places[id(pair[0])])
+        place = f"without id, entry {places[id(annotation)]} of 'annotations'"
+        name = short(annotation["id"]) if "id" in annotation else place
+        if kind == REFUSED:
             more = _more(found, "annotations with faults")
             raise DataError(f"annotation {name}: {why}{more}; correct or remove it")
-        notes.append(f"{len(found)} {NOTES[wanted]}; the first is annotation {name}: {why}")
+        notes.append(f"{len(found)} {NOTES[kind]}; the first is annotation {name}: {why}")
+    return {key for key, (kind, *_) in worst.items() if kind in (STRANGE, LEFT_OUT)}
 
 
 def _more(faults, what):
@@ -266,21 +261,21 @@ def _unique_ids(dataset, table, fields, notes):
 
 
 def _refer(annotations, field, ids, unknown):
-    """Put the ids of `_unique_ids` into a field; returns [(kind, annotation, why)], of kind `unknown` where it has
-    none of them, and then leaves the field as it is, or makes it None where it is no id at all."""
+    """Put the ids of `_unique_ids` into a field, None where it has none; returns [(kind, annotation, why)] for these.
+
+    unknown: the kind where the id is none of the table's; REFUSED where it is no id at all.
+    """
     values = [annotation.get(field) for annotation in annotations]
     if set(map(type, values)) == {int} and all(ids[0].get(value) == value for value in set(values)):
         return []
     faults = []
     for annotation, value in zip(annotations, values, strict=True):
-        key = _key(value)
-        number = ids[0].get(key, ids[1].get(_integer(value)))
-        if number is not None or key is None:
-            annotation[field] = number
-        if number is None:
-            what = f"{field.replace('_', ' ')} {short(value)}, expected"
-            faults.append((REFUSED, annotation, f"{what} an integer or a text") if key is None else
-                          (unknown, annotation, f"unknown {what} one of {_list(ids[0])}"))  # fmt: skip
+        key, what = _key(value), f"{field.replace('_', ' ')} {short(value)}, expected"
+        annotation[field] = ids[0].get(key, ids[1].get(_integer(value)))
+        if key is None:
+            faults.append((REFUSED, annotation, f"{what} an integer or a text"))
+        elif annotation[field] is None:
+            faults.append((unknown, annotation, f"unknown {what} one of {_list(ids[0])}"))
     return faults
 
 
@@ -304,8 +299,7 @@ def _unique_names(dataset, notes):
 def _pixels(image, field):
     """Height or width as an integer; None where it is missing or -1."""
     value = image.get(field)
-    number = -1 if value is None else _integer(value)
-    if number == -1:
+    if value is None or (number := _integer(value)) == -1:
         return None
     if number is None or not 0 < number < 2**31:
         raise DataError(f"image {short(image['file_id'])} has {field} {short(value)}, expected a positive integer")
@@ -328,6 +322,8 @@ def _check_numbers(annotations):
 
 
 # --- image files
+
+SEPARATOR = re.compile(r"[/\\]|%2f|%5c", re.IGNORECASE)
 
 
 def _find_files(images, image_dir, notes):
@@ -369,15 +365,14 @@ def _find_file(given, image_dir, alike):
     As much of the path's end as is there, in this spelling or else in one that a person takes for the same (`_plain`).
     alike: {plain name: names} of a folder in `image_dir`. Raises DataError where two files fit.
     """
-    parts = given.replace("\\", "/").split("/")
-    for end in [given] + ["/".join(parts[i:]) for i in range(len(parts))]:
-        if os.path.isfile(os.path.join(image_dir, end)):
-            return end
-    parts = _plain(given).split("/")
+    if os.path.isfile(os.path.join(image_dir, given)):
+        return given
+    parts = SEPARATOR.split(given)
     for i in range(len(parts)):
         found = [""]
         for part in parts[i:]:
-            found = [f"{path}/{name}" if path else name for path in found for name in alike(path).get(part, ())]
+            named = [(path, alike(path).get(_plain(part), ())) for path in found]
+            found = [os.path.join(path, name) for path, names in named for name in ([part] if part in names else names)]
         found = [path for path in found if os.path.isfile(os.path.join(image_dir, path))]
         if len(found) > 1:
             raise DataError(f"image {given!r} could be {_list(found)} in {image_dir}; give it the name of one")
@@ -388,17 +383,16 @@ def _find_file(given, image_dir, alike):
 
 def _nearest(given, names):
     """What a message says of the name in a folder (`_by_plain_name`) that is most like the last part of a path."""
-    wanted = _plain(given).split("/")[-1]
+    wanted = _plain(SEPARATOR.split(given)[-1])
     # Two steps; difflib alone takes ten seconds for COCO's folder.
     ends = lambda name: sum(len(os.path.commonprefix(pair)) for pair in ((name, wanted), (name[::-1], wanted[::-1])))  # noqa: E731
-    [*nearest] = get_close_matches(wanted, nlargest(1000, names, ends), 1, cutoff=0)
+    nearest = get_close_matches(wanted, nlargest(1000, names, ends), 1, cutoff=0)
     return f"the nearest name there is {short(names[nearest[0]][0])}" if nearest else "the folder is empty"
 
 
 def _plain(name):
-    """What is the same in all spellings of a name: composed or decomposed, percent-encoded, in capitals, with "\\"."""
-    name = unquote(name, errors="surrogateescape").replace("\\", "/")
-    return unicodedata.normalize("NFD", name.lower())
+    """What all spellings of a file's name have in common: composed or decomposed, percent-encoded, in capitals."""
+    return unicodedata.normalize("NFD", unquote(name, errors="surrogateescape").lower())
 
 
 def _by_plain_name(folder):

@@ -1,5 +1,6 @@
 """Segmentations and boxes of COCO files, checked and brought into one form."""
 
+import math
 import re
 from array import array
 from functools import partial
@@ -10,10 +11,11 @@ from pycocotools import mask as mask_utils
 
 from formats.images import short
 
-# What a fault makes of an annotation: it encloses nothing, it says nothing that can be understood, some of its polygons
-# are left out, its box is not the mask's. Only what is not left out for the first can be refused for the second.
-LEFT_OUT, REFUSED, TRIMMED, MISFIT = range(4)
+# What a fault makes of an annotation, of several the first: it belongs to no image, it encloses nothing, it cannot be
+# understood, some of its polygons are left out, its box is not the mask's.
+STRANGE, LEFT_OUT, REFUSED, TRIMMED, MISFIT = range(5)
 DOUBLES = partial(array, "d")
+NO_BOX = DOUBLES([math.nan] * 4)
 
 
 class Fault(Exception):
@@ -24,24 +26,27 @@ def check_segmentations(annotations, sizes):
     """Bring segmentation and bbox of some annotations into one form, in place; returns [(kind, annotation, why)].
 
     sizes: {image id: (height, width)}. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height,
-    those of the mask within the image where there is no box. Numbers are compared for all annotations at once: one by
-    one takes as long as reading the file.
+    those of the mask within the image where there is no box. Two equivalent ways, annotation by annotation and all
+    numbers at once; this is the second, since the first takes longer than to read the file.
     """
     faults = {}  # (kind, index of an annotation): why
-    polygons, owners = [], []
+    polygons, owners, boxes, shaped = [], [], [], np.ones(len(annotations), bool)
     bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
     for index, annotation in enumerate(annotations):
         try:
-            shape = list(map(DOUBLES, annotation["segmentation"]))
-            plain = min(map(len, shape)) >= 6
-        except (KeyError, TypeError, ValueError, OverflowError):
-            plain = False
-        if not plain:
-            try:
-                shape = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
-            except Fault as fault:
-                kind, faults[kind, index] = fault.args
-                continue
+            box = DOUBLES(annotation.get("bbox") or NO_BOX)
+            if len(box) != 4:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            why = f"box {short(annotation['bbox'])} (x, y, width, height) is not a list of four numbers"
+            box, faults[REFUSED, index] = NO_BOX, why
+        boxes.append(box)
+        try:
+            shape = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+        except Fault as fault:
+            kind, faults[kind, index] = fault.args
+            shaped[index] = False
+            continue
         annotation["segmentation"] = shape
         if isinstance(shape, dict):
             x, y, width, height = mask_utils.toBbox(shape)
@@ -49,44 +54,36 @@ def check_segmentations(annotations, sizes):
         else:
             polygons += shape
             owners += [index] * len(shape)
-    lengths = np.fromiter(map(len, polygons), int, len(polygons))
-    for i in np.flatnonzero(lengths % 2):
-        faults[REFUSED, owners[i]] = f"polygon with an odd number of coordinates ({lengths[i]})"
-        polygons[i], lengths[i] = DOUBLES([0.0] * 6), 6  # so that the others can be measured
     if polygons:
-        _measure(annotations, polygons, lengths // 2, np.array(owners), bounds, faults)
-    unusable = [index for kind, index in faults if kind in (LEFT_OUT, REFUSED)]
-    boxes = _boxes(annotations, faults)
-    limits = np.array([sizes[annotation["image_id"]][::-1] for annotation in annotations], float).T
-    _compare(annotations, limits, bounds, boxes, unusable, faults)
+        _measure(annotations, polygons, np.array(owners), bounds, faults)
+    boxes = np.frombuffer(b"".join(boxes)).reshape(-1, 4).T.reshape(2, 2, -1)
+    limits = np.fromiter(chain(*(sizes[annotation["image_id"]] for annotation in annotations)), float)
+    _compare(annotations, limits.reshape(-1, 2).T[::-1], bounds, boxes, shaped, faults)
     return [(kind, annotations[index], why) for (kind, index), why in sorted(faults.items())]
 
 
-def _measure(annotations, polygons, lengths, owners, bounds, faults):
+def _measure(annotations, polygons, owners, bounds, faults):
     """Set the bounds of the annotations' polygons and leave out polygons without area.
 
-    lengths: points of each polygon; owners: index of its annotation, ascending.
+    owners: index of the annotation of each polygon, ascending.
     """
     x, y = np.frombuffer(b"".join(polygons)).reshape(-1, 2).T.copy()
-    ends = np.cumsum(lengths)
-    starts, last = ends - lengths, ends - 1
+    ends = np.cumsum(np.fromiter(map(len, polygons), int, len(polygons)) // 2)
+    starts, last = np.append(0, ends[:-1]), ends - 1
     with np.errstate(all="ignore"):
         cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
         cross[last] = x[last] * y[starts] - x[starts] * y[last]
         areas = np.add.reduceat(cross, starts)
     # A figure of eight may have no signed area either: flat is what lies on a line.
     flat = [i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(polygons[i])]
-    without = {id(polygons[i]) for i in flat}
     for i in flat:
-        index, points = owners[i], short(polygons[i].tolist())
-        kept = [polygon for polygon in annotations[index]["segmentation"] if id(polygon) not in without]
-        why = f"polygon {points} has no area, expected three points or more, not on a line"
-        faults.setdefault((TRIMMED if kept else LEFT_OUT, index), why)
-    for index in {owners[i] for i in flat}:
-        annotations[index]["segmentation"] = [p for p in annotations[index]["segmentation"] if id(p) not in without]
-    solid = np.ones(len(polygons), bool)
-    solid[flat] = False
-    if solid.any():
+        shape = annotations[owners[i]]["segmentation"]
+        shape[:] = [polygon for polygon in shape if polygon is not polygons[i]]
+    for i in flat:
+        why = f"polygon {short(polygons[i].tolist())} has no area, expected three points or more, not on a line"
+        faults.setdefault((TRIMMED if annotations[owners[i]]["segmentation"] else LEFT_OUT, owners[i]), why)
+    solid = np.delete(np.arange(len(polygons)), flat)
+    if len(solid):
         having, first = np.unique(owners[solid], return_index=True)
         for corner, ufunc in enumerate((np.minimum, np.maximum)):
             for axis, numbers in enumerate((x, y)):
@@ -98,30 +95,11 @@ def _on_line(polygon):
     return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
 
 
-def _boxes(annotations, faults):
-    """The boxes (2, 2, n): x, y and width, height, NaN where there is none."""
-    boxes = [annotation.get("bbox") for annotation in annotations]
-    try:
-        numbers = array("d", chain.from_iterable(boxes)) if set(map(len, boxes)) == {4} else None
-    except (TypeError, OverflowError):
-        numbers = None
-    if numbers is None:
-        numbers = np.full((len(boxes), 4), np.nan)
-        for index, box in enumerate(boxes):
-            try:
-                numbers[index] = np.nan if box is None or box == [] else array("d", box)
-            except (TypeError, ValueError, OverflowError):
-                faults[REFUSED, index] = f"box {short(box)} (x, y, width, height) is not a list of four numbers"
-    return np.array(numbers).reshape(-1, 4).T.reshape(2, 2, -1)
-
-
-def _compare(annotations, limits, bounds, boxes, unusable, faults):
+def _compare(annotations, limits, bounds, boxes, shaped, faults):
     """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing.
 
-    unusable: indices of annotations without a mask. A box may be that of the whole mask or of the part in the image.
+    shaped: which have a mask. A box may be that of the whole mask or of the part in the image.
     """
-    shaped = np.ones(len(annotations), bool)
-    shaped[unusable] = False
     with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
         far = shaped & ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
         visible = np.clip(bounds, 0, limits)
@@ -156,15 +134,23 @@ def _fit(boxes, bounds):
 
 def _shape(segmentation, height, width):
     """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
-    if isinstance(segmentation, dict):
-        return _rle(segmentation, height, width)
     try:
-        polygons = _polygons([] if segmentation is None else segmentation)
-    except (TypeError, OverflowError):
-        why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
-        raise Fault(REFUSED, why) from None
+        polygons = list(map(DOUBLES, segmentation))
+        if min(map(len, polygons)) < 6:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):  # not the usual form
+        if isinstance(segmentation, dict):
+            return _rle(segmentation, height, width)
+        try:
+            polygons = _polygons([] if segmentation is None else segmentation)
+        except (TypeError, OverflowError):
+            why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
+            raise Fault(REFUSED, why) from None
     if not polygons:
         raise Fault(LEFT_OUT, "no segmentation")
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise Fault(REFUSED, f"polygon with an odd number of coordinates ({len(polygon)})")
     return polygons
 
 
@@ -220,6 +206,13 @@ def _runs(counts):
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return runs
+
+
+def annotation_of(rle, image_id, category_id, iscrowd=0):
+    """A COCO annotation of compressed RLE, but for its id."""
+    bbox, area = mask_utils.toBbox(rle).tolist(), int(mask_utils.area(rle))
+    return {"image_id": image_id, "category_id": category_id, "segmentation": rle, "bbox": bbox, "area": area,
+            "iscrowd": iscrowd}  # fmt: skip
 
 
 def mask_area(segmentation, height, width):
