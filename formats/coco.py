@@ -255,6 +255,7 @@ def _unique_ids(dataset, table, fields, notes):
     # pycocotools sorts ids by NumPy, which makes texts of numbers among texts and floats of large ones.
     keep = None not in meanings and len(meanings) == len(entries) and max(map(abs, meanings)) < 2**53
     ids = dict(zip(entries, map(_integer, entries) if keep else count(1), strict=False))
+    meanings.pop(None, None)
     for key, entry in entries.items():
         entry["file_id"], entry["id"] = entry["id"], ids[key]
     return ids, {_integer(key): number for key, number in ids.items() if meanings[_integer(key)] == 1}

@@ -242,6 +242,20 @@ def test_ids_of_other_spellings_in_one_file_are_other_ids(tmp_path):
         read_annotations(tmp_path / "instances.json", tmp_path / "images")
 
 
+def test_a_text_means_no_other_text(tmp_path):
+    content = dataset([annotation(1, image_id="a"), annotation(2, image_id="b"), annotation(3, image_id=2)])
+    content["images"][0]["id"] = "a"  # the only text
+    content["categories"][0]["id"] = "a"
+    path, images = write(tmp_path, content)
+    found = read(
+        (path, images), "1 annotation(s) of images that are not in the file left out; the first is annotation 2"
+    )
+    assert [a["image_id"] for a in found["annotations"]] == [1, 2]
+    path.write_text(json.dumps(content | {"annotations": [annotation(1, image_id=2, category_id="b")]}))
+    with pytest.raises(DataError, match="annotation 1: unknown category id 'b', expected one of 'a', 7"):
+        read_annotations(path, images)
+
+
 def test_class_names_are_texts_of_any_kind(tmp_path):
     names = ["", 7, 2.5, " ", "a\nb", "\ub108\ud2b8", "Gro\u0308\u00dfe"]
     content = dataset([annotation(i, category_id=i) for i in range(len(names))])
