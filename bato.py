@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, recompute, sine_position, xavier_matrices_
+from attention import FeedForward, in_full_precision, recompute, sine_position, xavier_matrices_
 from di import gather_tokens, select
 from encoder import Features, GroupNorm, tokens_to_map
 
@@ -32,7 +32,7 @@ class BATO(nn.Module):
         Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
         """
         t_i, level_shapes, pixel_features = features
-        best, guiding = select(queries.content, heads.scores(queries.content), self.num_guiding)
+        best, guiding = select(queries.content, in_full_precision(heads.class_head, queries.content), self.num_guiding)
         t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
         t_g_box = query_pos(gather_tokens(queries.boxes.detach(), guiding))  # Eq. 6
         t_g = t_g_mask + t_g_box  # Eq. 7

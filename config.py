@@ -110,43 +110,19 @@ PRESETS = {
     ),
     # Trains on a few hundred photographs from ImageNet weights, on a CPU or a small GPU.
     "small": Config(
-        backbone="mobilenet_v2",
-        hidden_dim=128,
-        encoder_layers=3,
-        encoder_feedforward_dim=512,
-        selections=(100, 50),
-        num_guiding=15,
-        decoder_layers=4,
-        feedforward_dim=512,
-        class_prior=0.01,
-        denoising_queries=50,
-        loss_points=1024,
-        train_size=224,
-        train_scale=(0.6, 1.4),
-        test_size=(224, 320),
+        backbone="mobilenet_v2", hidden_dim=128, class_prior=0.01,
+        encoder_layers=3, encoder_feedforward_dim=512, selections=(100, 50), num_guiding=15,
+        decoder_layers=4, feedforward_dim=512, denoising_queries=50, loss_points=1024,
+        train_size=224, train_scale=(0.6, 1.4), test_size=(224, 320),
     ),
     # Trains from scratch on a laptop's CPU.
     "tiny": Config(
-        num_classes=10,
-        backbone="resnet18",
-        frozen_batch_norm=False,
-        hidden_dim=64,
-        num_heads=4,
-        encoder_layers=2,
-        encoder_feedforward_dim=256,
-        selections=(60, 30),
-        num_guiding=15,
-        decoder_layers=3,
-        feedforward_dim=256,
-        class_prior=0.01,
-        class_weight=8.0,
-        denoising_queries=30,
-        loss_points=128,
-        train_size=64,
-        train_scale=(0.8, 1.25),
-        test_size=(64, 128),
+        num_classes=10, backbone="resnet18", frozen_batch_norm=False, hidden_dim=64, num_heads=4, class_prior=0.01,
+        encoder_layers=2, encoder_feedforward_dim=256, selections=(60, 30), num_guiding=15,
+        decoder_layers=3, feedforward_dim=256, class_weight=8.0, denoising_queries=30, loss_points=128,
+        train_size=64, train_scale=(0.8, 1.25), test_size=(64, 128),
     ),
-}
+}  # fmt: skip
 
 
 def add_config_arguments(parser):

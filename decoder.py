@@ -5,17 +5,7 @@ import math
 import torch
 from torch import nn
 
-from attention import (
-    MLP,
-    FeedForward,
-    MSDeformAttn,
-    in_full_precision,
-    published,
-    recompute,
-    refine,
-    sine_box,
-    xavier_matrices_,
-)
+from attention import MLP, FeedForward, MSDeformAttn, published, recompute, refine, sine_box, xavier_matrices_
 from di import Queries
 
 
@@ -43,10 +33,6 @@ class PredictionHeads(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].bias)
         if config.class_prior is not None:
             nn.init.constant_(self.class_head.bias, math.log(config.class_prior / (1 - config.class_prior)))
-
-    def scores(self, x):
-        """Returns class logits (B, S, classes) of tokens x (B, S, C) that decide a selection, never in half."""
-        return in_full_precision(self.class_head, x)
 
     def forward(self, x, boxes, pixel_features):
         """x (B, Q, C), boxes (B, Q, 4), pixel_features (B, C, H/4, W/4). Returns a set of predictions: Eq. 10,

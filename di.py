@@ -134,7 +134,7 @@ class TokenInteraction(nn.Module):
     def select(self, queries, heads, k):
         """T_s2 = S(T_s1^sa, k2), Eq. 3. Returns the best k of the last layer's `Queries`, and their indices."""
         t_s1_sa, boxes = queries
-        t_s2, indices = select(t_s1_sa, heads.scores(self.norm(t_s1_sa)), k)
+        t_s2, indices = select(t_s1_sa, in_full_precision(heads.class_head, self.norm(t_s1_sa)), k)
         return Queries(t_s2, inverse_sigmoid(gather_tokens(boxes, indices)).sigmoid()), indices
 
     def predict(self, queries, heads):
@@ -180,7 +180,7 @@ class DeImbalance(nn.Module):
     def first_selection(self, features, heads):
         """T_s1 = S(T_i, k1), Eq. 1. Returns it as `Queries` without gradient, its predictions, and their indices."""
         tokens, proposals = self.candidates(features.tokens, features.level_shapes)
-        t_s1, indices = select(tokens, heads.scores(tokens), self.sizes[0])  # Eq. 1
+        t_s1, indices = select(tokens, in_full_precision(heads.class_head, tokens), self.sizes[0])  # Eq. 1
         boxes = (in_full_precision(heads.box_head, t_s1) + proposals[indices]).sigmoid()
         predictions = heads(t_s1, boxes, features.pixel_features)
         if self.box_init != "head":
