@@ -6,6 +6,7 @@ import pickletools
 import re
 import sys
 import zipfile
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,9 @@ def open_weights(path, trust_pickle=False):
         raise ValueError(f"{path}: is {kind}")
     try:
         if path.suffix == ".safetensors":
-            return load_safetensors(path)
+            from safetensors.torch import load_file  # a package of its own
+
+            return load_file(path)
         if path.suffix != ".pkl":
             with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -115,18 +118,11 @@ def open_weights(path, trust_pickle=False):
             return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
     except PermissionError:
         raise
+    except ImportError:
+        raise PermissionError(f"{path}: needs a further package: python -m pip install safetensors") from None
     except Exception as error:  # whatever zip, pickle and their own checks come across
         reason = str(error).split("\n")[0][:100] or type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint, perhaps truncated ({reason})") from None
-
-
-def load_safetensors(path):
-    """{name: tensor} of a file of safetensors, a package of its own."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise PermissionError(f"{path}: needs a further package: python -m pip install safetensors") from None
-    return load_file(path)
 
 
 # Where programs put the weights in what they save, the first that is there: PyTorch Lightning's are in "state_dict".
@@ -171,27 +167,21 @@ def read_weights(path, trust_pickle=False):
 def mismatches(found, expected):
     """What is wrong with entries {name: tensor} where {name: shape} is expected: one line for each wrong entry."""
     shape = lambda name: tuple(found[name].shape)  # noqa: E731
+    common = [name for name in found if name in expected and shape(name) != tuple(expected[name])]
     return [
         *(f"missing: {name}, of shape {tuple(expected[name])}" for name in expected if name not in found),
         *(f"unknown: {name}, of shape {shape(name)}" for name in found if name not in expected),
-        *(
-            f"misshapen: {name} is {shape(name)}, should be {tuple(expected[name])}"
-            for name in found
-            if name in expected and shape(name) != tuple(expected[name])
-        ),
+        *(f"misshapen: {name} is {shape(name)}, should be {tuple(expected[name])}" for name in common),
     ]
 
 
 def shortened(problems, most=10):
     """The lines of `mismatches`, of each kind the first `most` and how many more there are."""
-    kinds = {}
-    for line in problems:
-        kinds.setdefault(line.split(":")[0], []).append(line)
-    return [
-        line
-        for kind, lines in kinds.items()
-        for line in lines[:most] + ([f"{kind}: and {len(lines) - most} more"] if len(lines) > most else [])
-    ]
+    shown = []
+    for kind, lines in groupby(problems, lambda line: line.split(":")[0]):
+        lines = list(lines)
+        shown += lines[:most] + [f"{kind}: and {len(lines) - most} more"] * (len(lines) > most)
+    return shown
 
 
 def load_backbone_weights(backbone, source, trust_pickle=False):
@@ -211,9 +201,8 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
     table = {ResNet: RESNET_NAMES, Swin: SWIN_NAMES, MobileNet: MOBILENET_NAMES}[type(backbone)]
     formats = {name.removeprefix("body."): name for name in state}, {renamed(name, table): name for name in state}
     names = max(formats, key=lambda names: len(names.keys() & weights.keys()))
-    expected = {
-        name: state[ours].shape for name, ours in names.items() if name in weights or not ours.startswith("norms.")
-    }
+    needed = {name: ours for name, ours in names.items() if name in weights or not ours.startswith("norms.")}
+    expected = {name: state[ours].shape for name, ours in needed.items()}
     if problems := mismatches(weights, expected):
         lines = "\n  ".join(shortened(problems))
         raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:\n  {lines}")
