@@ -1,10 +1,11 @@
-"""Checkpoint files: written whole or not at all, read, the newest one, and what a training starts from."""
+"""A training's files: checkpoints, whole or not at all; the folder, which is its alone; and what it starts from."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 import torchvision
 
 from backbone import SWINS
+from cli import write_whole
 from config import Config, InputError
+from distributed import process_rank, warn
 from model import DIMaskDINO
 from weights import find_weights, load_backbone_weights, mismatches, open_weights
 
@@ -37,8 +40,8 @@ def read_checkpoint(path):
         weights = find_weights(path, checkpoint)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; check the path") from None
-    except PermissionError:
-        raise InputError(foreign) from None
+    except PermissionError as error:  # of the system, or of `open_weights` for a pickle
+        raise InputError(f"{path}: cannot be read ({error.strerror})" if error.errno else foreign) from None
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     missing = [repr(key) for key in ("config", "classes") if key not in checkpoint]
@@ -82,32 +85,125 @@ def save_checkpoint(path, checkpoint, keep=None):
     written; what was at `path` is still there then.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+
+    def write(temporary):
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
             link(path, keep)
-        os.replace(temporary, path)
+
+    try:
+        write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
             reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
         raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
 
 
 def link(path, name):
     """Let `name`, in the same folder, be the file that `path` is now, without a copy where the disk has hard links."""
-    temporary = path.with_name(f"{name}.tmp")
-    temporary.unlink(missing_ok=True)
+
+    def write(temporary):
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+    write_whole(path.with_name(name), write)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a training
+
+
+class Output:
+    """The folder that one training writes to, checkpoints and log, locked while its process lives.
+
+    folder  need not exist yet; nothing is written before `begin`, but for the lock in a folder that exists
+    resume  whether to go on from the newest checkpoint in it, if there is one: `resumed`, (path, content) or None
+
+    Of several processes that of rank 0 writes. Raises InputError where another training writes to the folder or has
+    left what this one would overwrite.
+    """
+
+    TRACES = ("checkpoint.pt", "previous.pt", "best.pt", "log.jsonl")
+
+    def __init__(self, folder, resume):
+        self.folder, self.lock = Path(folder), None
+        self.claim()
+        self.resumed = newest_checkpoint(self.folder) if resume else None
+        self.refuse_traces(resume)
+
+    def claim(self):
+        """Lock the folder, if it is there, for as long as this process lives."""
+        if process_rank() == 0 and self.lock is None and self.folder.is_dir():
+            self.lock = lock_file(self.folder / ".lock")
+
+    def refuse_traces(self, resume):
+        """Raise InputError if the folder holds files that a training which starts anew would overwrite."""
+        traces = [path for path in (self.folder / name for name in self.TRACES)
+                  if os.path.lexists(path) and path.stat().st_size]  # fmt: skip
+        if resume and not self.resumed:  # the log alone is of a training that came to no checkpoint
+            traces = [path for path in traces if path.name != "log.jsonl"]
+        if traces and not self.resumed:
+            names = ", ".join(path.name for path in traces)
+            what = "but no checkpoint to resume; choose" if resume else "go on with --resume or choose"
+            raise InputError(f"{self.folder}: holds {names} of an earlier training; {what} another --output")
+
+    def begin(self, iteration):
+        """Make the folder, and the log that of a training after so many iterations; returns the log's entries."""
+        self.entries = []
+        if process_rank() > 0:
+            return []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.lock is None:  # it was not there; another training may have begun meanwhile
+            self.claim()
+            self.refuse_traces(resume=False)
+        if self.lock:  # so that no one else is writing
+            for path in self.folder.glob(".*.tmp"):  # a killed process has left it
+                if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name):
+                    path.unlink()
+        entries = read_log(self.folder / "log.jsonl", iteration)
+        self.log = open(self.folder / "log.jsonl", "a", buffering=1)
+        return entries
+
+    def write(self, entry):
+        """Add an entry to the log."""
+        self.log.write(json.dumps(entry) + "\n")
+
+    def save(self, content, name="checkpoint.pt"):
+        """Write a checkpoint; the checkpoint.pt before becomes previous.pt. Raises InputError."""
+        save_checkpoint(self.folder / name, content, keep="previous.pt" if name == "checkpoint.pt" else None)
+
+
+def lock_file(path):
+    """Lock a file as long as this process lives; returns what holds the lock, or None where there are no locks.
+
+    The system releases it whatever ends the process. It is not shared with processes that this one starts and that may
+    outlive it, such as those that load data. Raises InputError if another process holds it.
+    """
     try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return file
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and os.access(path, os.W_OK):
+            several = "; several processes of one training are started with torchrun" * ("SLURM_NTASKS" in os.environ)
+            raise InputError(
+                f"{path.parent}: another training writes to this folder; choose another --output{several}"
+            ) from None
+        warn(f"{path}: cannot be locked ({error.strerror}); start no second training in this folder")
+        return None
 
 
 def newest_checkpoint(output):
@@ -119,7 +215,7 @@ def newest_checkpoint(output):
         except InputError as error:
             if path == paths[-1]:
                 raise
-            print(f"train.py: {error}; trying the one before it", file=sys.stderr)
+            warn(f"{error}; trying the one before it")
     return None
 
 
@@ -171,9 +267,7 @@ def read_log(path, iteration):
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
             entries.append(json.loads(line))
     entries = [entry for entry in entries if entry["iteration"] <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: temporary.write_text("".join(json.dumps(e) + "\n" for e in entries)))
     return entries
 
 

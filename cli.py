@@ -22,7 +22,7 @@ from tqdm import tqdm
 from backbone import Swin
 from config import InputError
 from data import CocoInstances
-from distributed import warn
+from distributed import process_rank, warn
 from formats.bdd100k import bdd100k_paths, read_bdd100k
 from formats.coco import coco_paths, read_annotations
 from formats.images import DataError
@@ -31,34 +31,18 @@ from shapes import make_shapes
 
 def add_data_arguments(parser):
     """The flags that name the data, the same in every program."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        choices=["shapes", "shapes-hard", "coco", "bdd100k"],
-        help="shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks "
-        "(default: coco with --data-root, and shapes where no data is named at all)",
-    )
-    group.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it (default: runs/ + "
-        "its name)",
-    )
+    add = parser.add_argument_group("data").add_argument
+    kinds = "shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks"
+    default = "default: coco with --data-root, and shapes where no data is named at all"
+    add("--data", choices=["shapes", "shapes-hard", "coco", "bdd100k"], help=f"{kinds} ({default})")
+    layout = "folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it"
+    add("--data-root", metavar="DIR", help=f"{layout} (default: runs/ + its name)")
     for split in ("train", "val"):
-        group.add_argument(
-            f"--{split}-json",
-            metavar="FILE",
-            help=f"annotation file of the {split} images, instead of the one in --data-root",
-        )
-        group.add_argument(
-            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images, instead of the one in --data-root"
-        )
-    group.add_argument(
-        "--workers",
-        type=count,
-        default=min(4, (os.cpu_count() or 2) // 2),
-        help="processes that load the data (default: half the cores, at most 4)",
-    )
+        instead = f"of the {split} images, instead of the one in --data-root"
+        add(f"--{split}-json", metavar="FILE", help=f"annotation file {instead}")
+        add(f"--{split}-images", metavar="DIR", help=f"folder {instead}")
+    workers = "processes that load the data (default: half the cores, at most 4)"
+    add("--workers", type=count, default=min(4, (os.cpu_count() or 2) // 2), help=workers)
 
 
 def count(text):
@@ -142,9 +126,11 @@ def warn_of_crowded_images(dataset, config):
         )
 
 
-def add_precision_argument(parser):
-    """--precision, the same in every program that runs a model."""
-    parser.add_argument(
+def add_model_arguments(parser):
+    """The flags that say how a model runs, the same in every program."""
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add(
         "--precision",
         choices=["auto", "float32", "bfloat16", "float16", "published"],
         default="auto",
@@ -153,6 +139,21 @@ def add_precision_argument(parser):
         "on a GPU that has it, float16 on others, float32 on the CPU). float32 is exact: TF32 is off, for matrix "
         "products and convolutions alike",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the layers with torch.compile: the first images take minutes longer, the others less time; "
+        "needs a C++ compiler, on a GPU also Triton, which comes with PyTorch for Linux",
+    )
+
+
+def prepare_model(model, args, device):
+    """Prepare a model for --precision and --compile; returns the dtype of autocast, see `autocast_dtype`."""
+    if args.precision == "published":
+        model.use_published_precision()
+    if args.compile:
+        compile_layers(model, device)
+    return autocast_dtype(args.precision, device)
 
 
 def autocast_dtype(precision, device):
@@ -162,23 +163,6 @@ def autocast_dtype(precision, device):
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"float32": None, "published": torch.float16}.get(precision, getattr(torch, precision, None))
-
-
-def use_precision(model, precision, device):
-    """Prepare a model for --precision; returns the dtype of autocast, see `autocast_dtype`."""
-    if precision == "published":
-        model.use_published_precision()
-    return autocast_dtype(precision, device)
-
-
-def add_compile_argument(parser):
-    """--compile, the same in every program that runs a model."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the layers with torch.compile: the first images take minutes longer, the others less time; "
-        "needs a C++ compiler, on a GPU also Triton, which comes with PyTorch for Linux",
-    )
 
 
 def compile_layers(model, device):
@@ -269,9 +253,9 @@ class Console:
     def __init__(self, stream):
         if stream is None or stream.closed:
             stream = open(os.devnull, "w", encoding="utf-8")
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
         self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            self._attempt(partial(stream.reconfigure, errors="backslashreplace"))
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -310,18 +294,17 @@ class Progress:
 
     what   the work, e.g. "evaluate"
     total  of the things to do, `done` of them before; `unit` is what they are called
-    quiet  says nothing, as in all processes but the first
 
-    A context manager: the bar goes when the block ends.
+    A context manager: the bar goes when the block ends. Of several processes that of rank 0 speaks.
     """
 
     EVERY, BAR_EVERY = 30.0, 3.0  # seconds between lines, and between what is shown beside a bar
 
-    def __init__(self, what, total, done=0, unit="images", quiet=False):
-        self.what, self.total, self.done, self.unit, self.quiet = what, total, done, unit, quiet
-        self.first, self.begin = done, time.monotonic()
-        self.said = self.last = self.begin  # the times of the last line and of the last step
-        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=quiet or None, file=sys.stderr)
+    def __init__(self, what, total, done=0, unit="images"):
+        self.what, self.total, self.done, self.unit, self.first = what, total, done, unit, done
+        self.begin = self.said = self.last = time.monotonic()  # of all, of the last line, and of the last step
+        self.quiet = process_rank() > 0
+        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=self.quiet or None, file=sys.stderr)
 
     def __enter__(self):
         return self
@@ -377,6 +360,16 @@ def run_program(main):
         dist.destroy_process_group()
 
 
+# What exceptions say where a limit of the machine is reached, and what the program says then.
+LIMITS = {
+    r"shared memory|Bus error": "the memory that loader processes share (/dev/shm) is full; give a container more with "
+    "--shm-size (docker run --shm-size=8g), or load in this process with --workers 0",
+    r"Too many open files|ancdata": "too many open files; raise the limit (ulimit -n), or use --workers 0",
+    r"DataLoader worker .*(exited|killed)": "a loader process was ended from outside, perhaps for lack of memory; use "
+    "fewer --workers",
+}
+
+
 def reason_of(error):
     """The line for an exception that the input, the files or the machine are to blame for; None for any other."""
     text = " ".join(str(error).split())
@@ -386,4 +379,9 @@ def reason_of(error):
         return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
     if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
         return f"the device cannot run the model ({text[:150]}); use --device cpu"
-    return str(error) if isinstance(error, DataError | InputError | OSError) else None
+    if isinstance(error, DataError | InputError):
+        return str(error)
+    if isinstance(error, OSError | RuntimeError):
+        limits = [reason for pattern, reason in LIMITS.items() if re.search(pattern, text)]
+        return next(iter(limits), str(error).rstrip().split("\n")[-1] if isinstance(error, OSError) else None)
+    return None

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,12 @@ class CocoInstances(Dataset):
     def _read(self, index):
         """Image (3, H, W) uint8 and its usable annotations."""
         entry = self.coco.imgs[self.image_ids[index]]
-        image = read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
+        path, size = self.image_dir / entry["file_name"], (entry["height"], entry["width"])
+        try:
+            image = read_image(path, size)
+        except DataError:  # perhaps of a moment: disks behind a network have such errors
+            time.sleep(0.2)
+            image = read_image(path, size)
         return image, self.instances[entry["id"]]
 
     def _instances(self, annotations, boxes, masks, kept):
@@ -276,6 +282,10 @@ def collate(batch):
             padding = (0, padded_width - width, 0, padded_height - height)
             target["masks"] = torch.nn.functional.pad(target["masks"], padding) if any(padding) else target["masks"]
         targets.append(target)
+    if get_worker_info():  # here, where an error is heard of; in the thread that sends the batch it would be lost
+        for value in [*images, *(value for target in targets for value in target.values())]:
+            if torch.is_tensor(value):
+                value.share_memory_()
     return images, targets
 
 
@@ -335,16 +345,43 @@ class SeededDataset(Dataset):
 def train_batches(dataset, batch_size, seed, start, rank, world, workers, pin_memory):
     """Endless batches of `collate` for one of the `world` processes, as `TrainSampler` puts them together."""
     sampler = TrainSampler(len(dataset), batch_size, seed, start, rank, world)
-    yield from DataLoader(
-        SeededDataset(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=quiet_worker,
+    yield from loader(SeededDataset(dataset), sampler, workers, pin_memory)
+
+
+def loader(dataset, batches, workers, pin_memory=False):
+    """A DataLoader of batches of `collate`; batches: the keys of each one's items."""
+    allow_many_files()
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=start_worker,
     )  # fmt: skip
 
 
-def quiet_worker(_):
+def start_worker(_):
     """Loader processes leave signals to the main process, which writes a checkpoint, and end when it tells them.
 
     Not by a signal, at which the main process would take them for broken.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    allow_many_files()
+
+
+def allow_many_files():
+    """Let batches come from other processes whatever the limit of open files (`ulimit -n`).
+
+    Each tensor of a batch takes a file descriptor as long as it is there, some hundreds for a large batch. So the limit
+    is raised as far as the system lets it; where that is not far, tensors go by names in /dev/shm, which takes none.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 2**16
+    wanted = enough if hard == resource.RLIM_INFINITY else min(hard, enough)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        if wanted < enough:
+            torch.multiprocessing.set_sharing_strategy("file_system")

@@ -1,7 +1,9 @@
-"""The processes of a training: how they find each other, exchange values, end together, and which of them speaks."""
+"""The processes of a program: how they find each other, exchange values, end together, and which of them speaks."""
 
 import os
+import pickle
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from config import InputError
-from formats.images import DataError
+
+PATIENCE = 30.0  # seconds that a process waits for the others without a word
 
 
 def join_processes(device):
@@ -19,6 +22,8 @@ def join_processes(device):
     torchrun says which in RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process. Raises InputError.
     """
     rank, world, local_rank = (environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world is None and (tasks := environment("SLURM_NTASKS") or 1) > 1:
+        warn(f"SLURM_NTASKS is {tasks} and WORLD_SIZE not set: each process works alone; torchrun makes them one")
     if world is None or world == 1:
         return device, 0, 0, 1
     if rank is None or not 0 <= rank < world:
@@ -59,28 +64,50 @@ def process_rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def process_count():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather(value):
     """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if process_count() == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     try:
-        dist.all_gather_object(values, value)
+        sizes = [size.item() for size in exchange(torch.tensor([len(data)]))]
+        parts = exchange(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:150]
         raise InputError(f"another process than {dist.get_rank()} has ended or is out of reach ({reason})") from None
-    return values
+    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+
+def exchange(tensor):
+    """The tensor of every process, all of one size. Raises RuntimeError where one is gone.
+
+    `all_gather_object` waits where no signal is heard; here one that waits can be ended, and says that it waits.
+    """
+    everywhere, begin = [torch.empty_like(tensor) for _ in range(process_count())], time.monotonic()
+    work, patience = dist.all_gather(everywhere, tensor, async_op=True), PATIENCE
+    while not work.is_completed():
+        time.sleep(0.0005)
+        if time.monotonic() - begin > patience:
+            print(f"process {process_rank()} has waited {patience:.0f} s for the others", file=sys.stderr, flush=True)
+            patience = float("inf")
+    work.wait()
+    return everywhere
 
 
 def together(function):
-    """What `function()` returns; where it raises InputError, DataError or OSError in any process, all of them end.
+    """What `function()` returns; where it raises an error in any process, all of them end.
 
     The first of these processes says why, the others nothing.
     """
     result, error = None, None
     try:
         result = function()
-    except (InputError, DataError, OSError) as found:
+    except Exception as found:
         error = found
     failed = [rank for rank, bad in enumerate(gather(error is not None)) if bad]
     if not failed:

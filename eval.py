@@ -7,31 +7,16 @@ import json
 import os
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader
 
+import cli
+import distributed
 from checkpoint import load_model
-from cli import (
-    Progress,
-    add_compile_argument,
-    add_data_arguments,
-    add_precision_argument,
-    choose_device,
-    compile_layers,
-    open_split,
-    percent,
-    positive,
-    run_program,
-    use_precision,
-    write_whole,
-)
 from config import InputError
-from data import collate
-from detections import postprocess
-from distributed import gather
+from data import loader
+from detections import detect
 from drawing import save_classes, save_layers
 from formats.coco import coco_results, encode_masks, match_classes
 from formats.images import DataError
@@ -76,13 +61,12 @@ def mean(values):
     return 100 * float(values.mean()) if values.size else None
 
 
-@torch.inference_mode()
-def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
-           labels=None, stopping=lambda: False):  # fmt: skip
-    """COCO results of a model on a data set made with training=False, as text: less than half of dictionaries' memory.
+def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
+                 labels=None, stopping=lambda: False):  # fmt: skip
+    """COCO results of a model on a data set made with training=False, for every layer a list, image by image.
 
-    Arguments as of `evaluate`. Returns for every layer {image id: JSON of its list of results}; with several processes
-    of all images in the first and of none in the others; None where `stopping`. Raises InputError for NaN.
+    Arguments as of `evaluate`. Of several processes the first has all results, the others have none; None where
+    `stopping`. Raises InputError for NaN.
     """
     model.eval()
     # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
@@ -91,56 +75,50 @@ def detect(model, dataset, device, workers=0, per_layer=False, batch_size=4, max
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    parallel = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    loader = DataLoader(dataset, batch_sampler=batches[rank::world], collate_fn=collate, num_workers=workers)
-    results = [{} for _ in range(model.config.decoder_layers + 1 if per_layer else 1)]
-    with Progress("evaluate", sum(map(len, batches[rank::world])), quiet=rank > 0) as progress:
-        for images, targets in loader:
-            if stopping():
-                break
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                outputs = model([image.to(device) for image in images])
-            layers = [*outputs["aux_outputs"], outputs] if per_layer else [outputs]
-            for found, predictions in zip(results, layers, strict=True):
-                for b, target in enumerate(targets):
-                    names = "pred_logits", "pred_boxes", "mask_embeddings", "pixel_features"
-                    one = {name: predictions[name][b : b + 1] for name in names}  # full-size masks of one image
-                    if labels:
-                        one["pred_logits"] = one["pred_logits"][..., labels]
-                    sizes = [target["size"]], [target["original_size"]]
-                    [detections] = postprocess(one, *sizes, max_detections, encode=encode_masks)
-                    image_results = coco_results(detections, target["image_id"], dataset.category_ids)
-                    found[target["image_id"]] = json.dumps(image_results)
-            progress.step(len(images))
-    if any(gather(stopping())):
+    rank, world = distributed.process_rank(), distributed.process_count()
+    share = batches[rank::world]
+    layers = range(model.config.decoder_layers + 1) if per_layer else [None]
+    found = [{} for _ in layers]  # of each layer {image id: its results}
+
+    def work():
+        with cli.Progress("evaluate", sum(map(len, share))) as progress:
+            for images, targets in loader(dataset, share, workers):
+                if stopping():
+                    break
+                sizes = [target["original_size"] for target in targets]
+                detections = detect(model, images, sizes, layers, max_detections, 0.0, encode_masks, autocast, labels)
+                for of_layer, batch in zip(found, detections, strict=True):
+                    for target, some in zip(targets, batch, strict=True):
+                        image_id = target["image_id"]
+                        of_layer[image_id] = coco_results(some, image_id, dataset.category_ids)
+                progress.step(len(images))
+
+    distributed.together(work)
+    if any(distributed.gather(stopping())):
         return None
-    if parallel:
-        for layer, found in enumerate(results):  # one at a time, as each is copied several times on its way
+    if world > 1:
+        for layer, some in enumerate(found):  # one at a time, as each is copied several times on its way
             everywhere = None if rank else [None] * world
-            dist.gather_object(found, everywhere)
-            results[layer] = {} if rank else {key: text for part in everywhere for key, text in part.items()}
-    return [{image_id: found[image_id] for image_id in dataset.image_ids if image_id in found} for found in results]
+            dist.gather_object(some, everywhere)
+            found[layer] = {key: value for part in everywhere or () for key, value in part.items()}
+    return [[r for image_id in dataset.image_ids for r in some.get(image_id, ())] for some in found]
 
 
 def score(dataset, results, max_detections=100, per_class=False):
-    """Numbers of what `detect` returned: `average_precision` of the last layer, "classes" on request.
+    """Numbers of what `find_results` returned: `average_precision` of the last layer, "classes" on request.
 
     Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...], from the decoder's input, 0, to
     the last layer.
     """
-    layers = []
-    for found in results:
-        listed = [result for text in found.values() for result in json.loads(text)]
-        layers.append(average_precision(dataset.coco, listed, dataset.image_ids, max_detections))
+    layers = [average_precision(dataset.coco, found, dataset.image_ids, max_detections) for found in results]
     scores = layers[-1] if per_class else {kind: layers[-1][kind] for kind in ("box", "mask")}
     if len(layers) > 1:
         scores["layers"] = [{"layer": i, "box": s["box"], "mask": s["mask"]} for i, s in enumerate(layers)]
     return scores
 
 
-def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
-             labels=None, stopping=lambda: False):  # fmt: skip
+def evaluate(model, dataset, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None, labels=None,
+             stopping=lambda: False):  # fmt: skip
     """Box and mask AP of a model on a data set made with training=False, the same in every process.
 
     max_detections: the best so many detections of an image count. autocast: dtype of torch.autocast, None for none.
@@ -150,28 +128,28 @@ def evaluate(model, dataset, device, workers=0, per_layer=False, batch_size=4, m
     Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers", see `average_precision` and
     `score`. Leaves the model in evaluation mode. Raises InputError for NaN in the predictions.
     """
-    results = detect(model, dataset, device, workers, per_layer, batch_size, max_detections, autocast, labels,
-                     stopping)  # fmt: skip
-    return gather(score(dataset, results, max_detections) if results and results[0] else None)[0]
+    results = find_results(model, dataset, workers, per_layer, batch_size, max_detections, autocast, labels, stopping)
+    first = results is not None and distributed.process_rank() == 0
+    return distributed.gather(score(dataset, results, max_detections) if first else None)[0]
 
 
 def print_scores(scores):
     """Print the metrics and, where they are there, AP per class, and box AP, mask AP and their difference per layer."""
     print("       " + "  ".join(f"{metric:>5}" for metric in scores["box"]))
     for kind in ("box", "mask"):
-        print(f"{kind:5}  " + "  ".join(percent(value) for value in scores[kind].values()))
+        print(f"{kind:5}  " + "  ".join(cli.percent(value) for value in scores[kind].values()))
     if "classes" in scores:
         width = max(5, *(len(entry["name"]) for entry in scores["classes"]))
         print(f"\n{'class':{width}}  box AP  mask AP")
         for entry in scores["classes"]:
-            print(f"{entry['name']:{width}}   {percent(entry['box'])}    {percent(entry['mask'])}")
+            print(f"{entry['name']:{width}}   {cli.percent(entry['box'])}    {cli.percent(entry['mask'])}")
     if "layers" in scores:
         print("\nlayer      box AP  mask AP  box - mask")
         for entry in scores["layers"]:
             box, mask = entry["box"]["AP"], entry["mask"]["AP"]
             gap = None if None in (box, mask) else box - mask
             name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
-            print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
+            print(f"{name:9}   {cli.percent(box)}    {cli.percent(mask)}       {cli.percent(gap)}")
 
 
 def new_file(path, beginning):
@@ -193,21 +171,16 @@ def new_file(path, beginning):
     return path
 
 
-def write_file(path, parts):
-    """Write a text, given in parts, whole or not at all. Raises InputError where the disk does not take it."""
-
-    def write(temporary):
-        with open(temporary, "w") as file:
-            file.writelines(parts)
-
+def write_file(path, text):
+    """Write a text whole or not at all. Raises InputError where the disk does not take it."""
     try:
-        write_whole(path, write)
+        cli.write_whole(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
 
 
-def write_results(found, coco, path, masks_path):
-    """Write what `detect` returned of a layer: both to `path`, masks alone to `masks_path`; a line per image.
+def write_results(results, coco, path, masks_path):
+    """Write COCO results: boxes and masks to `path`, masks alone to `masks_path`; a result a line.
 
     coco: the data set's; where its images and categories have a file_id, that is the annotation file's own id.
     COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
@@ -216,12 +189,11 @@ def write_results(found, coco, path, masks_path):
     own = lambda entry: entry.get("file_id", entry["id"])  # noqa: E731
     for file, keys in ((path, ("bbox", "score", "segmentation")), (masks_path, ("score", "segmentation"))):
         lines = []
-        for image_id, text in found.items():
-            ids = {"image_id": own(coco.imgs[image_id])}
-            listed = [ids | {"category_id": own(coco.cats[result["category_id"]])} | {key: result[key] for key in keys}
-                      for result in json.loads(text)]  # fmt: skip
-            lines += [json.dumps(listed)[1:-1]] if listed else []
-        write_file(file, ["[\n", ",\n".join(lines), "\n]\n"])
+        for result in results:
+            image, category = coco.imgs[result["image_id"]], coco.cats[result["category_id"]]
+            ids = {"image_id": own(image), "category_id": own(category)}
+            lines.append(json.dumps(ids | {key: result[key] for key in keys}))
+        write_file(file, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def parse_arguments():
@@ -230,7 +202,7 @@ def parse_arguments():
     add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
     add("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
     add("--per-class", action="store_true", help="also box AP and mask AP of every class")
-    add("--max-detections", type=positive, default=100, metavar="N",
+    add("--max-detections", type=cli.positive, default=100, metavar="N",
         help="detections of an image that count, the best ones (default: 100, as published)")  # fmt: skip
     add("--output", metavar="FILE.json",
         help="also write the numbers to this JSON file, and bar charts of them: with --per-layer to FILE.png, with "
@@ -239,13 +211,11 @@ def parse_arguments():
         help="also write the detections, as COCO results with the image ids of the annotation file: boxes and masks to "
         "FILE.json, masks alone to FILE.segm.json, which APs, APm and APl of masks need in COCO's tools; data without "
         "annotations will do")  # fmt: skip
-    add("--batch-size", type=positive, default=4, help="images at a time, of one size (default: 4)")
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add("--batch-size", type=cli.positive, default=4, help="images at a time, of one size (default: 4)")
     add("--split", choices=["val", "test"], default="val",
         help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
-    add_precision_argument(parser)
-    add_compile_argument(parser)
-    add_data_arguments(parser)
+    cli.add_model_arguments(parser)
+    cli.add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
     if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or args.val_json):
@@ -257,37 +227,24 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    device = choose_device(args.device)
-    output = args.output and new_file(args.output, b'{\n "box"')
-    names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
-    results = [new_file(name, b"[\n") for name in names]
-    if output and output.resolve() in [path.resolve() for path in results]:
-        raise InputError(f"--output and --results: both write {output}; give two names")
-    model, checkpoint = load_model(args.checkpoint, device)
-    autocast = use_precision(model, args.precision, device)
-    if args.compile:
-        compile_layers(model, device)
-    dataset = open_split(args, args.split, model.config.test_size, need_annotations=False)
-    try:
-        labels = match_classes(checkpoint["classes"], dataset.classes)
-    except DataError as error:
-        raise InputError(f"{args.checkpoint}: {error}") from None
+    device, rank, *_ = distributed.join_processes(cli.choose_device(args.device))
+    output, results, model, autocast, dataset, labels = distributed.together(lambda: prepare(args, device))
     annotated = bool(dataset.coco.anns)
-    if not annotated and not results:
-        raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
-
-    found = detect(model, dataset, device, args.workers, args.per_layer, args.batch_size, args.max_detections,
-                   autocast, labels)  # fmt: skip
-    scores = score(dataset, found, args.max_detections, args.per_class) if annotated else None
-    if output and annotated:
-        write_file(output, [json.dumps(scores, indent=1), "\n"])
+    found = find_results(
+        model, dataset, args.workers, args.per_layer, args.batch_size, args.max_detections, autocast, labels
+    )
+    if rank > 0:
+        return
     if results:
         write_results(found[-1], dataset.coco, *results)
-    if output and annotated and args.per_layer:
-        save_layers(scores, output.with_suffix(".png"))
-    if output and annotated and args.per_class:
-        save_classes(scores, output.with_suffix(".classes.png"))
     if annotated:
+        scores = score(dataset, found, args.max_detections, args.per_class)
+        if output:
+            write_file(output, json.dumps(scores, indent=1) + "\n")
+        if output and args.per_layer:
+            save_layers(scores, output.with_suffix(".png"))
+        if output and args.per_class:
+            save_classes(scores, output.with_suffix(".classes.png"))
         print_scores(scores)
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
@@ -295,5 +252,26 @@ def main():
         print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
 
+def prepare(args, device):
+    """All that there is before the first image: --output, both files of --results, model, autocast's dtype, data set,
+    and the model's labels of its classes.
+    """
+    output = args.output and new_file(args.output, b'{\n "box"')
+    names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
+    results = [new_file(name, b"[\n") for name in names]
+    if output and output.resolve() in [path.resolve() for path in results]:
+        raise InputError(f"--output and --results: both write {output}; give two names")
+    model, checkpoint = load_model(args.checkpoint, device)
+    autocast = cli.prepare_model(model, args, device)
+    dataset = cli.open_split(args, args.split, model.config.test_size, need_annotations=False)
+    try:
+        labels = match_classes(checkpoint["classes"], dataset.classes)
+    except DataError as error:
+        raise InputError(f"{args.checkpoint}: {error}") from None
+    if not dataset.coco.anns and not results:
+        raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
+    return output, results, model, autocast, dataset, labels
+
+
 if __name__ == "__main__":
-    run_program(main)
+    cli.run_program(main)

@@ -172,9 +172,7 @@ def parse_arguments():
         help="Take the predictions of decoder layer N instead of the last, 0 being the decoder's input. Several are "
         "drawn side by side, and their detections go to detections_N.json. Name the images before this flag.",
     )
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto).")
-    cli.add_precision_argument(parser)
-    cli.add_compile_argument(parser)
+    cli.add_model_arguments(parser)
     return parser.parse_args()
 
 
@@ -207,9 +205,7 @@ def main():
     model, checkpoint = load_model(args.checkpoint, device)
     if args.layer and max(layers) > model.config.decoder_layers:
         raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
-    autocast = cli.use_precision(model, args.precision, device)
-    if args.compile:
-        cli.compile_layers(model, device)
+    autocast = cli.prepare_model(model, args, device)
     limits = {"topk": args.max_detections, "score_threshold": args.score_threshold}
     find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
     for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept

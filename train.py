@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import time
 from collections import namedtuple
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
+from cli import write_whole
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import seed_of, to_device, train_batches
-from detections import postprocess
+from detections import detect
 from drawing import draw_instances, save_png
 from eval import evaluate
 from formats.coco import check_sizes, match_classes
@@ -53,10 +54,8 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
     add("--output", default="runs/train", metavar="DIR", help="checkpoints, log, pictures (default: runs/train)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output, if there is one")
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     add("--seed", type=cli.count, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
-    cli.add_precision_argument(parser)
-    cli.add_compile_argument(parser)
+    cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
     checkpoint.add_start_arguments(parser)
     add("--keep-empty", action="store_true", help="train on the images without instances too, as background")
@@ -136,13 +135,16 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
 def backward(model, criterion, batches, autocast=None, scaler=None, stopping=False):
     """Adds the gradients of one optimizer step to those there, as if all batches of all processes were one.
 
-    batches: [(images, targets), ...] on the model's device; autocast: dtype of the activations, None for the model's.
+    batches: [(images, targets), ...] on the model's device, or None where there are none to be had; autocast: dtype of
+    the activations, None for the model's.
     Returns the terms {name: scalar}, "loss" among them, of which the mean over the processes is that of the whole, and
-    whether any process is `stopping`.
+    whether any process is `stopping`. Where any has no batches, the terms are None, and nothing is done.
     """
-    counts = [len(target["labels"]) for _, targets in batches for target in targets]
-    everywhere = distributed.gather((sum(counts), stopping))
-    num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
+    counts = [len(target["labels"]) for _, targets in batches or () for target in targets]
+    everywhere = distributed.gather((sum(counts), stopping, batches is None))
+    if any(missing for *_, missing in everywhere):
+        return None, True
+    num_instances = max(1.0, sum(count for count, *_ in everywhere) / len(everywhere))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
         waits = isinstance(model, DistributedDataParallel) and number < len(batches)
@@ -154,22 +156,19 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-    return sums, any(stop for _, stop in everywhere)
+    return sums, any(stop for _, stop, _ in everywhere)
 
 
-@torch.inference_mode()
-def save_picture(model, classes, dataset, device, path, count=6, threshold=0.3):
+def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
     """PNG of the first images of a data set, the ground truth in the upper row and the detections below."""
     columns = []
-    for pixels, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
-        image = pixels / 255
-        [found] = postprocess(model([image.to(device)]), [image.shape[1:]], [image.shape[1:]])
-        found = {name: value[found["scores"] >= threshold].cpu() for name, value in found.items()}
-        pair = draw_instances(pixels, target, dataset.classes), draw_instances(pixels, found, classes)
+    for image, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
+        [[found]] = detect(model, [image], score_threshold=threshold)
+        pair = draw_instances(image, target, dataset.classes), draw_instances(image, found, classes)
         columns.append(torch.cat(pair, 1))
     height = max(column.shape[1] for column in columns)
     columns = [nn.functional.pad(column, (0, 4, 0, height - column.shape[1]), value=255) for column in columns]
-    save_png(torch.cat(columns, 2), path)
+    write_whole(path, lambda temporary: save_png(torch.cat(columns, 2), temporary))
 
 
 class Trainer:
@@ -180,80 +179,83 @@ class Trainer:
 
     def __init__(self, args, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.output = Path(args.output)
         config = config_from(args)
-        augmentation = (config.train_size, config.train_scale) if args.augment else None
-        self.train_set = cli.open_split(args, "train", config.test_size, augmentation)
-        self.val_set = cli.open_split(args, "val", config.test_size) if args.evaluate else None
-        if self.val_set is not None:
-            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
-            self.labels = match_classes(self.train_set.classes, self.val_set.classes)
+        self.open_data(config)
         config = replace(config, num_classes=len(self.train_set.classes))
         self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
             raise InputError(f"--batch-size {self.schedule.batch_size}: is not a multiple of the {world} processes")
-
-        resumed = checkpoint.newest_checkpoint(self.output) if args.resume else None
-        if args.resume and not resumed:
-            distributed.say(f"nothing to resume in {self.output}: starting anew")
-        elif not args.resume and (self.output / "checkpoint.pt").exists():
-            raise InputError(f"{self.output}: holds checkpoint.pt; go on with --resume or choose another --output")
-        torch.manual_seed(args.seed)
-        self.model = DIMaskDINO(config)
-        lines = [] if resumed else checkpoint.load_starting_point(self.model, args, self.train_set.classes)
-        self.model.to(device)
         self.frozen = self.schedule.backbone_lr == 0
-        self.model.backbone.requires_grad_(not self.frozen)
-        self.autocast = cli.use_precision(self.model, args.precision, device)
-        if args.compile:
-            cli.compile_layers(self.model, device)
-        self.criterion = SetCriterion(config)
-        groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type) if self.autocast == torch.float16 else None
-
+        self.stop = min(self.schedule.iterations, args.max_iterations or self.schedule.iterations)
         # With the iteration and the process, all that images and random numbers depend on, and what is trained.
         self.settings = {"seed": args.seed, "augment": args.augment, "keep_empty": args.keep_empty}
         self.settings |= {"images_per_iteration": self.schedule.step_size}
         self.settings |= {"frozen_backbone": self.frozen, "classes": self.train_set.classes}
         self.iteration, self.seconds = 0, 0.0
+        self.saved, self.stepping = 0, False  # the iteration of checkpoint.pt; whether the weights are half changed
         self.window = {}  # sums of the terms since the last line of the log
-        self.evaluations = []  # their lines in the log
+        self.signals = []
+        self.output = checkpoint.Output(args.output, args.resume)
+        if args.resume and not self.output.resumed:
+            distributed.say(f"nothing to resume in {self.output.folder}: starting anew")
+        self.build(config)
+
+    def open_data(self, config):
+        """Open the data sets, and match the classes of one with those of the other."""
+        augmentation = (config.train_size, config.train_scale) if self.args.augment else None
+        self.train_set = cli.open_split(self.args, "train", config.test_size, augmentation)
+        self.val_set = cli.open_split(self.args, "val", config.test_size) if self.args.evaluate else None
+        if self.val_set is not None:
+            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
+            self.labels = match_classes(self.train_set.classes, self.val_set.classes)
+
+    def build(self, config):
+        """Build the model and what trains it, in the state from which the training goes on."""
+        torch.manual_seed(self.args.seed)
+        self.model, resumed, lines = DIMaskDINO(config), self.output.resumed, []
+        if not resumed:
+            lines = checkpoint.load_starting_point(self.model, self.args, self.train_set.classes)
+        self.model.to(self.device)
+        self.model.backbone.requires_grad_(not self.frozen)
+        self.autocast = cli.prepare_model(self.model, self.args, self.device)
+        self.criterion = SetCriterion(config)
+        groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.autocast == torch.float16 else None
         if resumed:
             path, found = resumed
             states = self.model, self.optimizer, self.scaler
             lines = checkpoint.restore(path, found, *states, self.settings, self.schedule)
-            self.iteration, self.seconds = found["iteration"], found["seconds"]
-            self.window = {name: value.to(device) for name, value in found["window"].items()}
-            entries = checkpoint.read_log(self.output / "log.jsonl", self.iteration) if rank == 0 else []
-            self.evaluations = [entry for entry in entries if "box" in entry]
+            self.iteration = self.saved = found["iteration"]
+            self.seconds = found["seconds"]
+            self.window = {name: value.to(self.device) for name, value in found["window"].items()}
         for line in lines:
             distributed.say(line)
-        self.stop = self.schedule.iterations
-        if args.max_iterations is not None:
-            self.stop = min(self.stop, args.max_iterations)
-        self.signals, self.evaluating = [], False
 
-    def save(self, name="checkpoint.pt", keep=None):
-        """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
-        window = self.whole_window()
-        if self.rank > 0:
-            return
-        content = {
-            "model": self.model.state_dict(),
-            "config": asdict(self.model.config),
-            "classes": self.train_set.classes,
-            "category_ids": self.train_set.category_ids,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "schedule": vars(self.schedule),
-            "settings": self.settings,
-            "epoch": self.epoch(self.iteration),
-            "iteration": self.iteration,
-            "seconds": time.perf_counter() - self.clock,
-            "window": window,
-        }
-        checkpoint.save_checkpoint(self.output / name, content, keep)
+    def save(self, name="checkpoint.pt", agreed=True):
+        """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states.
+
+        agreed: whether all processes are here, for the means of their losses; otherwise the first saves its own.
+        """
+        window = self.whole_window() if agreed else {name: value.cpu() for name, value in self.window.items()}
+        if self.rank == 0:
+            content = {
+                "model": self.model.state_dict(),
+                "config": asdict(self.model.config),
+                "classes": self.train_set.classes,
+                "category_ids": self.train_set.category_ids,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler else None,
+                "schedule": vars(self.schedule),
+                "settings": self.settings,
+                "epoch": self.epoch(self.iteration),
+                "iteration": self.iteration,
+                "seconds": time.perf_counter() - self.clock,
+                "window": window,
+            }
+            self.output.save(content, name)
+        if name == "checkpoint.pt":
+            self.saved = self.iteration
 
     def describe(self):
         """Print in three lines what is going to be done, and warn of what is probably not meant."""
@@ -264,7 +266,7 @@ class Trainer:
             f"{stop} iterations, {stop * schedule.step_size / images:.3g} epochs; warm-up: {schedule.warmup}; "
             f"learning rate {schedule.lr:.3g}, backbone {schedule.backbone_lr:.3g}; tenths from {schedule.milestones}\n"
             f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
-            f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output}"
+            f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output.folder}"
         )
         if 2 * schedule.warmup >= stop:
             distributed.warn(
@@ -281,71 +283,123 @@ class Trainer:
         before, now = self.epoch(self.iteration - 1), self.epoch(self.iteration)
         return self.iteration > 0 and (now // divisor > before // divisor or self.iteration == self.schedule.iterations)
 
-    def on_signal(self, number, frame):
-        self.signals.append(number)
-        if self.evaluating and self.world == 1:  # several processes have to agree on it
-            raise KeyboardInterrupt
-
     def run(self):
-        """Train to the end of the schedule, to --max-iterations, or to SIGINT or SIGTERM."""
-        args, schedule, model, optimizer, scaler = self.args, self.schedule, self.model, self.optimizer, self.scaler
-        if self.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.output / "log.jsonl", "a", buffering=1)
-        batches = train_batches(
-            self.train_set, schedule.batch_size, args.seed, self.iteration * schedule.step_size, self.rank, self.world,
-            args.workers, pin_memory=self.device.type == "cuda",
+        """Train to the end of the schedule, to --max-iterations, or to a signal; what ends it early saves first."""
+        entries = distributed.together(lambda: self.output.begin(self.iteration))
+        self.evaluations = [entry for entry in entries if "box" in entry]
+        self.batches = train_batches(
+            self.train_set, self.schedule.batch_size, self.args.seed, self.iteration * self.schedule.step_size,
+            self.rank, self.world, self.args.workers, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        parallel = DistributedDataParallel(model) if self.world > 1 else model
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.parallel = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.listen()
         self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
-        self.progress = cli.Progress("train", self.stop, self.iteration, "iterations", quiet=self.rank > 0)
-        evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
-        # Where it was interrupted in its evaluation.
-        due = self.ends_epoch(args.eval_every) and not distributed.gather(evaluated)[0]
-        with self.progress:
-            stopping = due and self.evaluate()
-            while self.iteration < self.stop and not stopping:
-                model.train()
-                torch.backends.cudnn.benchmark = args.augment  # crops are of one size
-                if self.frozen:
-                    model.backbone.eval()
-                factor = lr_factor(self.iteration, schedule.milestones, schedule.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor
-
-                before = time.perf_counter()
-                loaded = [next(batches) for _ in range(args.accumulate)]
-                self.waited += time.perf_counter() - before
-                loaded = [to_device(batch, self.device) for batch in loaded]
-                torch.manual_seed(seed_of(args.seed, 2, self.iteration, self.rank))
-                optimizer.zero_grad()
-                terms, stopping = backward(parallel, self.criterion, loaded, self.autocast, scaler, bool(self.signals))
-                if scaler:
-                    scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                self.check_finite(terms, norm, loaded)
-                if scaler:
-                    scaler.step(optimizer)
-                    scaler.update()
-                else:
-                    optimizer.step()
-
-                self.iteration += 1
-                self.count(terms, schedule.lr * factor)
-                if (
-                    self.ends_epoch()
-                    or self.iteration == self.stop
-                    or self.iteration % args.save_every == 0
-                    or stopping
-                ):
-                    self.save(keep="previous.pt")
-                if self.ends_epoch(args.eval_every) and not stopping:
-                    stopping = self.evaluate()
-        if stopping:
+        try:
+            with cli.Progress("train", self.stop, self.iteration, "iterations") as self.progress:
+                stopped = self.train()
+        except Exception as error:
+            place, reason = self.rescue(), cli.reason_of(error)
+            if place and reason:
+                raise InputError(f"{reason}; {place}") from error
+            if place:
+                distributed.warn(place)
+            raise
+        if stopped:
             distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
+
+    def listen(self):
+        """From now on, the first signal ends the training at the next step, and the second at once."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.signals:
+            for process in multiprocessing.active_children():  # they may wait for a disk
+                process.kill()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signals.append(number)
+        print("stopping after this iteration; a second signal ends it at once", file=sys.stderr, flush=True)
+
+    def rescue(self):
+        """Save what there is, as far as that is possible. Returns words on what can be resumed, or None."""
+        self.optimizer.zero_grad()  # for the sake of memory
+        if self.rank == 0 and self.iteration > self.saved and not self.stepping:
+            with contextlib.suppress(Exception):  # the disk may be what is to blame
+                self.save(agreed=False)
+        path = self.output.folder / "checkpoint.pt"
+        return f"{path} holds iteration {self.saved}: --resume goes on from there" if self.saved else None
+
+    def train(self):
+        """Steps with their checkpoints and evaluations. Returns whether a signal ended them, in whichever process."""
+        args = self.args
+        evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
+        stopping = False
+        if self.ends_epoch(args.eval_every) and not distributed.gather(evaluated)[0]:
+            stopping = self.evaluate()  # it was interrupted in this one
+        while self.iteration < self.stop and not stopping:
+            stopping = self.step()
+            due = self.ends_epoch() or self.iteration == self.stop or self.iteration % args.save_every == 0
+            if due or stopping:
+                self.save()
+            if self.ends_epoch(args.eval_every) and not stopping:
+                stopping = self.evaluate()
+        return stopping
+
+    def step(self):
+        """One iteration. Returns whether a signal is to end the training, in whichever process."""
+        self.model.train()
+        torch.backends.cudnn.benchmark = self.args.augment  # crops are of one size
+        if self.frozen:
+            self.model.backbone.eval()
+        factor = lr_factor(self.iteration, self.schedule.milestones, self.schedule.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        batches, failure = self.load()
+        torch.manual_seed(seed_of(self.args.seed, 2, self.iteration, self.rank))
+        self.optimizer.zero_grad()
+        scaler, stopping = self.scaler, bool(self.signals)
+        terms, stopping = backward(self.parallel, self.criterion, batches, self.autocast, scaler, stopping)
+        if terms is None:
+            self.fail(failure)
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.check_finite(terms, norm, batches)
+        self.stepping = True
+        if scaler:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        self.iteration += 1
+        self.stepping = False
+        self.count(terms, self.schedule.lr * factor)
+        return stopping
+
+    def load(self):
+        """The batches of an iteration, on the device, and None; or None and the exception that there was instead."""
+        before = time.perf_counter()
+        try:
+            loaded = [next(self.batches) for _ in range(self.args.accumulate)]
+            self.waited += time.perf_counter() - before
+            return [to_device(batch, self.device) for batch in loaded], None
+        except Exception as error:
+            return None, error
+
+    def fail(self, failure):
+        """Save, and end all processes, as one of them could not load its images; raises its exception there."""
+        if self.iteration > self.saved:
+            self.save()
+
+        def raise_it():
+            if failure:
+                raise failure
+
+        distributed.together(raise_it)
 
     def check_finite(self, terms, norm, batches):
         """Raise InputError, before the step, if the loss or the gradient's norm is not finite in any process.
@@ -364,8 +418,8 @@ class Trainer:
         if self.rank > 0:
             sys.exit(1)
         raise InputError(
-            f"{self.output}: iteration {self.iteration + 1}: {', '.join(names)} not finite on images {image_ids}; the "
-            "state before it is in nonfinite.pt; look at these images, or lower --lr"
+            f"{self.output.folder}: iteration {self.iteration + 1}: {', '.join(names)} not finite on images "
+            f"{image_ids}; the state before it is in nonfinite.pt; look at these images, or lower --lr"
         )
 
     def count(self, terms, lr):
@@ -376,24 +430,22 @@ class Trainer:
         self.progress.step(shown=lambda: self.shown(lr))
         if self.iteration % LOG_EVERY and self.iteration != self.schedule.iterations:
             return
-        window, self.window = self.whole_window(), {}
-        if self.rank > 0:
-            return
-        steps = (self.iteration - 1) % LOG_EVERY + 1
-        means = {name: float(value) / steps for name, value in window.items()}
-        now = time.perf_counter()
-        entry = {
-            "epoch": self.epoch(self.iteration),
-            "iteration": self.iteration,
-            "seconds": now - self.clock,
-            "lr": lr,
-            "images_per_second": self.seen / (now - self.since),
-            "waiting": self.waited / (now - self.since),  # share of the time in which there was no batch
-        }
-        if self.device.type == "cuda":
-            entry["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.log.write(json.dumps(entry | means) + "\n")
-        self.since, self.waited, self.seen = now, 0.0, 0
+        window, steps = self.whole_window(), (self.iteration - 1) % LOG_EVERY + 1
+        if self.rank == 0:
+            now = time.perf_counter()
+            entry = {
+                "epoch": self.epoch(self.iteration),
+                "iteration": self.iteration,
+                "seconds": now - self.clock,
+                "lr": lr,
+                "images_per_second": self.seen / (now - self.since),
+                "waiting": self.waited / (now - self.since),  # share of the time in which there was no batch
+            }
+            if self.device.type == "cuda":
+                entry["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self.output.write(entry | {name: float(value) / steps for name, value in window.items()})
+            self.since, self.waited, self.seen = now, 0.0, 0
+        self.window = {}
 
     def shown(self, lr):
         """What is shown beside the progress: the weighted terms since the last line of the log, rates and memory."""
@@ -415,38 +467,36 @@ class Trainer:
         return {name: sum(window.get(name, 0) for window in everywhere) / self.world for name in names}
 
     def evaluate(self):
-        """Evaluate, draw predictions, write both, and keep the checkpoint if it is the best so far.
+        """Evaluate, write the numbers and a picture, and keep the checkpoint if it is the best so far.
 
-        Returns whether a signal stopped it, here or in another process.
+        Returns whether a signal stopped it, here or in another process; resuming evaluates again.
         """
         if self.val_set is None:
             return False
-        self.evaluating, torch.backends.cudnn.benchmark = True, False  # images are of many sizes
-        try:
-            scores = evaluate(
-                self.model, self.val_set, self.device, self.args.workers, self.args.per_layer,
-                autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            scores = None
-        self.evaluating = False
-        if scores is None:  # the checkpoint is written; resuming evaluates again
-            return True
-        if self.rank == 0:
-            epoch, seconds = self.epoch(self.iteration), time.perf_counter() - self.clock
-            picture = self.output / f"epoch_{epoch:03d}.png"
-            save_picture(self.model, self.train_set.classes, self.val_set, self.device, picture)
-            totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, scores]]
-            if totals[-1] > max(totals[:-1], default=-1):
-                checkpoint.link(self.output / "checkpoint.pt", "best.pt")
-            self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
-            if self.iteration == self.schedule.iterations:
-                (self.output / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
-            self.log.write(json.dumps(self.evaluations[-1]) + "\n")
-            box, mask = (cli.percent(scores[kind]["AP"]) for kind in ("box", "mask"))
-            self.progress.say(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
+        torch.backends.cudnn.benchmark = False  # images are of many sizes
+        scores = evaluate(
+            self.model, self.val_set, self.args.workers, self.args.per_layer,
+            autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
+        )  # fmt: skip
+        if scores is not None and self.rank == 0:
+            self.write_scores(scores)
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
-        return False
+        return scores is None
+
+    def write_scores(self, scores):
+        """Write the numbers of an evaluation and a picture, and say them."""
+        folder, epoch, seconds = self.output.folder, self.epoch(self.iteration), time.perf_counter() - self.clock
+        totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, scores]]
+        if totals[-1] > max(totals[:-1], default=-1):
+            checkpoint.link(folder / "checkpoint.pt", "best.pt")
+        self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
+        if self.iteration == self.schedule.iterations:
+            text = json.dumps(scores, indent=1) + "\n"
+            write_whole(folder / "eval.json", lambda temporary: temporary.write_text(text))
+        self.output.write(self.evaluations[-1])
+        save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{epoch:03d}.png")
+        box, mask = (cli.percent(scores[kind]["AP"]) for kind in ("box", "mask"))
+        self.progress.say(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
 
 
 def main():

@@ -1,12 +1,18 @@
 """checkpoint.py: files written whole or not at all, the newest one, what a training resumes, what it starts from."""
 
+import errno
+import fcntl
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from programs import SMALL, TRAINING, assert_same_run, checkpoint, copy_of, log, program
+from programs import SMALL, TRAINING, Process, assert_same_run, checkpoint, copy_of, log, program
 
 import checkpoint as checkpoints
+import cli
 from backbone import ResNet
 from checkpoint import load_init, load_model, load_starting_point, read_checkpoint, read_log, save_checkpoint
 from config import PRESETS, Config, InputError
@@ -22,10 +28,10 @@ def test_a_file_that_cannot_be_written(tmp_path):
     for number in (1, 2):
         save_checkpoint(path, {"number": number}, keep="previous.pt")
     assert checkpoint(tmp_path)["number"] == 2 and checkpoint(tmp_path, "previous.pt")["number"] == 1
-    (tmp_path / "checkpoint.pt.tmp").mkdir()  # in the way of the temporary file
-    with pytest.raises(InputError, match="checkpoint.pt: cannot be written .*untouched"):
-        save_checkpoint(path, {"number": 3})
-    assert checkpoint(tmp_path)["number"] == 2
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(InputError, match="folder.pt: cannot be written .*untouched"):
+        save_checkpoint(tmp_path / "folder.pt", {"number": 3})
+    assert checkpoint(tmp_path)["number"] == 2 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_log_is_cut_where_training_goes_on(tmp_path):
@@ -81,17 +87,51 @@ def test_a_longer_schedule_in_another_split_is_resumed(run, uninterrupted, tmp_p
     assert checkpoint(output)["iteration"] == 15
 
 
-def test_existing_run_is_not_overwritten(run, uninterrupted):
-    before = (uninterrupted / "checkpoint.pt").read_bytes()
-    with pytest.raises(InputError, match="--resume"):
+def test_existing_run_is_not_overwritten(run, uninterrupted, tmp_path):
+    """Nor is any file of one, nor its best checkpoint where there is none to resume."""
+    before = {path: path.read_bytes() for path in uninterrupted.iterdir()}
+    with pytest.raises(InputError, match="holds checkpoint.pt, previous.pt, best.pt, log.jsonl .*--resume"):
         run("--output", uninterrupted, *SMALL)
-    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+    assert {path: path.read_bytes() for path in uninterrupted.iterdir()} == before
+    for name, more in (("previous.pt", []), ("best.pt", []), ("best.pt", ["--resume"]), ("log.jsonl", [])):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+        with pytest.raises(InputError, match=f"holds {name} of an earlier training; .* another --output"):
+            run("--output", tmp_path, *SMALL, *more)
+        (tmp_path / name).unlink()
 
 
 def test_nothing_to_resume(run, tmp_path, capsys):
+    """A training that was ended before its first checkpoint begins anew; what it left in the log goes."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/log.jsonl").write_text('{"iteration": 20, "loss": 1.0}\n')
     run("--output", tmp_path / "out", *SMALL, "--resume", "--max-iterations", 1)
     assert f"nothing to resume in {tmp_path / 'out'}: starting anew" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "out")["iteration"] == 1 and log(tmp_path / "out") == []
+
+
+def test_a_file_system_without_locks(run, tmp_path, monkeypatch, capsys):
+    """One warning, and the training goes on."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    run("--output", tmp_path / "out", *SMALL, "--max-iterations", 1, "--no-eval")
+    assert capsys.readouterr().err.count("out/.lock: cannot be locked (No locks available)") == 1
     assert checkpoint(tmp_path / "out")["iteration"] == 1
+
+
+def read_as_another_user(path):
+    if os.geteuid() == 0:
+        os.setuid(12345)
+    cli.run_program(lambda: read_checkpoint(path))
+
+
+def test_a_file_without_rights(small_checkpoint, tmp_path):
+    path = Path(shutil.copy(small_checkpoint, tmp_path / "c.pt"))
+    path.chmod(0)
+    process = Process(read_as_another_user, str(path), output=tmp_path / "read")
+    assert process.wait() == 1 and process.err.endswith("c.pt: cannot be read (Permission denied)\n"), process.err
 
 
 def test_full_disk(shapes, tmp_path):

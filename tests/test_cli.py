@@ -5,10 +5,12 @@ The programs run in this process, as their files do at their end; `test_as_a_use
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import torch
 import toys
 from PIL import Image
 from programs import NARROW, Process, group
+from programs import program as start_program
 
 import cli
 import distributed
@@ -166,7 +169,7 @@ FILES = {  # what is wrong: the program and its data, the file, what is done to 
     "image missing": ("eval coco", PHOTO, remove, "1 of 2 images are not in"),
     "image cut off": ("eval coco", PHOTO, cut, "cannot be read as an image"),
     "image of another size": ("eval coco", PHOTO, image("RGB", (32, 64)), "image is 32x64, .* 64x64"),
-    "photograph is a text": ("predict coco", PHOTO, text("no image"), "could not be read"),
+    "photograph is a text": ("predict coco", PHOTO, text("no image"), "could not be done"),
     "photographs missing": ("predict coco", PHOTOS, remove, "no such image or folder"),
     "checkpoint missing": ("eval coco", "coco.pt", remove, "no such checkpoint"),
     "checkpoint cut off": ("predict coco", "coco.pt", cut, "perhaps truncated"),
@@ -223,7 +226,7 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "start from nothing": ("train coco", ["--init", "DIR/none.pt"], "none.pt: no such checkpoint"),
     "backbone from nothing": ("train coco", ["--backbone-weights", "DIR/swin.pth"], "swin.pth"),
     "output in a file": ("train coco", ["--output", "DIR/coco.pt/out"], "coco.pt"),
-    "unknown backbone": ("train coco", ["--backbone", "mobilenet_v2"], "backbone 'mobilenet_v2': choose resnet18, "),
+    "unknown backbone": ("train coco", ["--backbone", "vgg16"], "backbone 'vgg16': choose "),
 }  # fmt: skip
 if not torch.cuda.is_available():
     FLAGS["no GPU"] = ("eval coco", ["--device", "cuda"], "--device cuda: no usable CUDA GPU")
@@ -277,12 +280,71 @@ def test_as_a_user_sees_it(folder):
 @pytest.mark.parametrize("data", ["coco", "bdd100k"])
 def test_undamaged_files_train_and_evaluate(folder, capsys, monkeypatch, data):
     """What the cases above start from is sound."""
-    for program in ("train", "eval"):
-        status, message = run(capsys, monkeypatch, folder, command(f"{program} {data}"))
+    for name in ("train", "eval"):
+        status, message = run(capsys, monkeypatch, folder, command(f"{name} {data}"))
         assert status == 0, message
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["box"].keys() == log[-1]["mask"].keys()
     assert list((folder / "out").glob("*.png"))
+
+
+# What becomes of the words
+
+
+def evaluate_with(streams, flags):
+    """eval.py where stdout and stderr are `streams`."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if streams == "closed":
+            os.close(number)
+            setattr(sys, name, None)  # as Python does where the shell has closed it
+        elif streams == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, number)
+        elif streams == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        else:
+            setattr(sys, name, open(number, "w", encoding=streams, closefd=False))
+    sys.argv = ["eval.py", *map(str, flags)]
+    cli.run_program(evaluation.main)
+
+
+def test_words_that_nobody_takes(good, tmp_path):
+    """Closed, broken, full and narrow streams change no file and no status; what a narrow one lacks is escaped."""
+    checkpoint = torch.load(good / "coco.pt", weights_only=True)
+    names = {name: f"{name} 너트" for name in checkpoint["classes"]}
+    torch.save(checkpoint | {"classes": list(names.values())}, tmp_path / "korean.pt")
+    content = json.loads((good / VAL).read_text())
+    content["categories"] = [c | {"name": names[c["name"]]} for c in content["categories"]]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    flags = ["--val-json", tmp_path / "val.json", "--val-images", good / PHOTOS, "--checkpoint", tmp_path / "korean.pt"]
+    flags += ["--device", "cpu", "--workers", 0, "--per-class"]
+    processes = {}
+    for streams in ("utf-8", "cp1252", "ascii", "closed", "pipe", "full"):
+        files = ["--output", tmp_path / f"{streams}.json", "--results", tmp_path / f"{streams}.results.json"]
+        processes[streams] = Process(evaluate_with, streams, [*flags, *files], output=tmp_path / streams)
+    for streams, process in processes.items():
+        assert process.wait() == 0, (streams, process.err)
+        for kind in ("json", "results.json"):
+            assert (tmp_path / f"{streams}.{kind}").read_text() == (tmp_path / f"utf-8.{kind}").read_text()
+    assert "너트" in processes["utf-8"].out and r"\ub108\ud2b8" in processes["cp1252"].out
+    assert processes["closed"].out == processes["pipe"].out == ""
+
+
+def test_processes_share_an_evaluation(good, tmp_path):
+    """eval.py under torchrun: the same numbers and results, which the first process alone prints and writes."""
+    name, *flags = (part.replace("DIR", str(good)) for part in command("eval coco"))
+
+    def start(rank, **options):
+        files = ["--output", tmp_path / f"{rank}.json", "--results", tmp_path / f"{rank}.results.json"]
+        return start_program("eval", *flags, "--per-layer", *files, **options)
+
+    alone, *pair = start("alone", output=tmp_path / "alone"), *group(start, tmp_path / "pair")
+    assert [process.wait() for process in (alone, *pair)] == [0, 0, 0], pair[0].err
+    assert pair[1].out == "" and not (tmp_path / "1.json").exists()
+    assert pair[0].out.splitlines()[:3] == alone.out.splitlines()[:3]
+    for kind in ("json", "results.json", "results.segm.json"):
+        assert (tmp_path / f"0.{kind}").read_text() == (tmp_path / f"alone.{kind}").read_text()
 
 
 # Which data is meant
@@ -431,7 +493,9 @@ def talk(rank):
     assert distributed.gather(rank * 10) == [0, 10, 20] and distributed.together(lambda: rank) == rank
     distributed.say(f"said by {rank}")
     distributed.require_same(lr=1.0)
+    distributed.PATIENCE = 0.1
     if rank == 2:
+        time.sleep(0.5)
         return  # gone, without a word
     cli.run_program(lambda: distributed.gather(None))
 
@@ -453,6 +517,7 @@ def test_processes_agree(tmp_path):
     assert [process.out for process in processes] == ["said by 0\n", "", ""]
     for rank in (0, 1):
         assert f"another process than {rank} has ended or is out of reach" in processes[rank].err
+        assert processes[rank].err.startswith(f"process {rank} has waited 0 s for the others\n")
         assert "Traceback" not in processes[rank].err
     processes = group(start(disagree), tmp_path / "disagree", world=3)
     assert [process.wait() for process in processes] == [1, 1, 1]

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,6 @@ from shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCO's order
-CPU = torch.device("cpu")
 
 
 # RLE and results
@@ -249,11 +247,7 @@ def test_numbers_are_those_of_summarize(tmp_path):
     coco = indexed(content)
     scores = evaluation.average_precision(coco, results, [7, 1, 0, 12])
     assert list(scores["box"]) == METRICS
-    found = defaultdict(list)
-    for result in results:
-        found[result["image_id"]].append(result)
-    texts = {image_id: json.dumps(some) for image_id, some in found.items()} | {12: "[]"}
-    evaluation.write_results(texts, coco, tmp_path / "out.json", tmp_path / "out.segm.json")
+    evaluation.write_results(results, coco, tmp_path / "out.json", tmp_path / "out.segm.json")
     assert summary(coco, str(tmp_path / "out.json"), "bbox") == scores["box"]
     assert summary(coco, str(tmp_path / "out.segm.json"), "segm") == scores["mask"]
     of_both = summary(coco, str(tmp_path / "out.json"), "segm")  # it takes the boxes' areas for the masks'
@@ -266,7 +260,7 @@ def test_results_have_the_ids_of_the_annotation_file(tmp_path):
     """Where reading has numbered texts, the file's own ids come back."""
     content = {"images": [{"id": 1, "file_id": "front/7"}, {"id": 2, "file_id": 2.0}], "annotations": []}
     content["categories"] = [{"id": 1, "file_id": "nut", "name": "nut"}, {"id": 2, "name": "bolt"}]
-    found = {i: json.dumps(coco_results(some_detections(), i, [1, 2])) for i in (1, 2)}
+    found = [result for i in (1, 2) for result in coco_results(some_detections(), i, [1, 2])]
     evaluation.write_results(found, indexed(content), tmp_path / "r.json", tmp_path / "m.json")
     for name, keys in (("r.json", {"bbox"}), ("m.json", set())):
         results = json.loads((tmp_path / name).read_text())
@@ -293,6 +287,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, path, classes):
         super().__init__()
         self.config = SimpleNamespace(decoder_layers=1, test_size=(64, 64))
+        self.encoder = SimpleNamespace(level_embed=torch.zeros(1))  # says which device the model is on
         self.coco, self.classes = indexed(json.loads(Path(path).read_text())), classes
 
     def forward(self, images):
@@ -442,19 +437,19 @@ def oracle_and_data(folder):
 
 
 def evaluate_squares(folder, **settings):
-    return evaluation.evaluate(*oracle_and_data(folder), CPU, **settings)
+    return evaluation.evaluate(*oracle_and_data(folder), **settings)
 
 
 def test_half_precision_is_the_models_alone(squares):
     """Under autocast, scores and masks are put together in single precision from what the model gives."""
     model, data = oracle_and_data(squares)
-    assert evaluation.detect(model, data, CPU, autocast=torch.bfloat16) == evaluation.detect(model, data, CPU)
+    assert evaluation.find_results(model, data, autocast=torch.bfloat16) == evaluation.find_results(model, data)
 
 
 def evaluate_share(folder, rank):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     scores = [evaluate_squares(folder, per_layer=True)]
-    results = evaluation.detect(*oracle_and_data(folder), CPU, per_layer=True, batch_size=1)
+    results = evaluation.find_results(*oracle_and_data(folder), per_layer=True, batch_size=1)
     scores += [results, evaluate_squares(folder, batch_size=1, stopping=lambda: rank == 1)]
     (folder / f"{rank}.json").write_text(json.dumps(scores))
     torch.distributed.destroy_process_group()
@@ -470,9 +465,8 @@ def test_two_processes_are_one(squares):
         process.join(60)
         assert process.exitcode == 0
     (first, results, stopped), second = (json.loads((squares / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == evaluate_squares(squares, per_layer=True) and second == [first, [{}, {}], None] and stopped is None
-    alone = evaluation.detect(*oracle_and_data(squares), CPU, per_layer=True)
-    assert [list(found.items()) for found in results] == [[(str(i), t) for i, t in found.items()] for found in alone]
+    assert first == evaluate_squares(squares, per_layer=True) and second == [first, [[], []], None] and stopped is None
+    assert results == evaluation.find_results(*oracle_and_data(squares), per_layer=True)
 
 
 @pytest.mark.parametrize(

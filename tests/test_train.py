@@ -4,11 +4,14 @@ import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from programs import NARROW, SMALL, TRAINING, Process, assert_same_run, checkpoi
 from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 
+import cli
+import data
 import matcher
 import train
 from cli import open_split
@@ -249,7 +254,7 @@ def untrained_scores(shapes):
     torch.manual_seed(0)
     dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
     model = build_model("tiny", backbone=NARROW)
-    return evaluate(model, dataset, CPU, per_layer=True, batch_size=1)
+    return evaluate(model, dataset, per_layer=True, batch_size=1)
 
 
 def part_of_two(rank, shapes, output):
@@ -355,6 +360,8 @@ def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path
     flags = ["--output", output, *SMALL, "--save-every", 2, "--workers", 1]
     process = program("train", "--data-root", shapes, *flags, output=tmp_path / "train")
     process.until((output / "checkpoint.pt").exists)
+    with pytest.raises(InputError, match="out: another training writes to this folder; choose another --output"):
+        run(*flags, "--resume")
     process.signal(number)
     assert process.wait() == 0 and "Traceback" not in process.err, process.err
     assert "stopped after iteration" in process.out and "--resume" in process.out
@@ -363,6 +370,23 @@ def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path
     run(*flags, "--resume")
     assert f"resuming {output / 'checkpoint.pt'} after iteration {stopped}" in capsys.readouterr().out
     assert_same_run(output, uninterrupted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_second_signal_ends_it_at_once(workers, shapes, tmp_path):
+    """While it waits for a file that does not come, as on a disk behind a network."""
+    shutil.copytree(shapes, tmp_path / "shapes")
+    for path in (tmp_path / "shapes/images/train2017").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    flags = ["--data-root", tmp_path / "shapes", *SMALL, "--no-eval", "--workers", workers]
+    process = program("train", *flags, "--output", tmp_path / "out", output=tmp_path / "train")
+    process.until((tmp_path / "out/log.jsonl").exists)
+    time.sleep(0.5)
+    process.signal(signal.SIGINT)
+    process.until(lambda: "a second signal ends it" in process.err)
+    process.signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM and "Traceback" not in process.err
 
 
 def test_last_two_and_best_are_kept(uninterrupted):
@@ -533,11 +557,17 @@ def test_a_frozen_backbone(run, tmp_path, monkeypatch):
 # What is trained on, and what is said about it
 
 
-def test_three_lines_and_warnings(run, tmp_path, capsys):
+def test_what_is_said(run, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
-    flags = "--selections 6,3 --denoising-queries 2 --max-iterations 2 --accumulate 2 --no-eval".split()
+    flags = "--selections 6,3 --denoising-queries 2 --max-iterations 2 --accumulate 2 --no-eval --warmup 100".split()
+    monkeypatch.setattr(cli.Progress, "EVERY", 0.0)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     run("--output", output, *SMALL, *flags)
     printed = capsys.readouterr()
+    number = r"[\d.e+-]+"
+    line = rf"train: 2 of 2 iterations, {number} a second, 0:00:00 left, loss {number}, class {number}, box {number}, "
+    assert re.search(rf"{line}mask {number}, lr 9.9e-06, img/s {number}, wait \d+%\n", printed.err), printed.err
+    assert "warning: SLURM_NTASKS is 2 and WORLD_SIZE not set: each process works alone" in printed.err
     lines = printed.out.splitlines()
     start = lines.index("12 images of 10 classes to train on, no evaluation")
     assert lines[start + 1].startswith("2 iterations, 1.33 epochs; warm-up: 100; learning rate 0.0005, ")
@@ -576,8 +606,58 @@ def test_images_without_instances(shapes, tmp_path):
     assert [entry["epoch"] for entry in log(tmp_path / "8") if "box" in entry] == [1, 2]
 
 
-def test_an_image_that_a_worker_cannot_read(shapes, tmp_path):
-    """The error of another process comes out as one line."""
+def test_an_image_that_cannot_be_read(run, shapes, uninterrupted, tmp_path, monkeypatch):
+    """It is read twice; then a line names it and the checkpoint, from which training goes on as if it had not been."""
+    [index, _], *_ = next(iter(TrainSampler(12, 4, seed=0, start=8)))
+    failures, read = [True, True], data.read_image
+    bad = f"{index + 1:012}.png"
+
+    def read_image(path, size):
+        if path.name == bad and "train" in str(path) and failures and failures.pop(0):
+            raise DataError(f"{path}: cannot be read as an image")
+        return read(path, size)
+
+    flags = ["--output", tmp_path / "out", *SMALL]
+    monkeypatch.setattr(data, "read_image", read_image)
+    with pytest.raises(
+        InputError, match=f"{bad}: cannot be read as an image; .*checkpoint.pt holds iteration 2: --res"
+    ):
+        run(*flags)
+    assert checkpoint(tmp_path / "out")["iteration"] == 2
+    failures[:] = [True, False]
+    run(*flags, "--resume", "--save-every", 2)
+    assert not failures
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+def test_shared_memory_that_is_full(run, tmp_path, monkeypatch):
+    """As in a container with 64 MB of it: one line, and nobody waits for a batch that does not come."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RuntimeError) as error:
+        run("--output", tmp_path / "out", *SMALL, "--workers", 1)
+    assert re.search("/dev/shm.*--shm-size.*--workers 0", cli.reason_of(error.value))
+
+
+def few_files(shapes):
+    """Batches of 128 under a limit of 256 open files, which can take a tenth of their tensors."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    dataset = open_split(parse_arguments(["--data-root", shapes]), "train", augmentation=(32, (0.8, 1.25)))
+    batches = data.train_batches(dataset, 128, 0, 0, 0, 1, workers=2, pin_memory=False)
+    kept = [next(batches) for _ in range(4)]
+    assert [len(images) for images, _ in kept] == [128] * 4
+
+
+def test_few_open_files(shapes, tmp_path):
+    process = Process(few_files, str(shapes), output=tmp_path / "few")
+    assert process.wait(60) == 0, process.err
+
+
+def test_a_picture_that_a_worker_cannot_read(shapes, tmp_path):
+    """The error of another process comes out as one line, which names the checkpoint."""
     root = tmp_path / "shapes"
     shutil.copytree(shapes, root)
     image = sorted((root / "images" / "val2017").iterdir())[-1]
@@ -586,7 +666,7 @@ def test_an_image_that_a_worker_cannot_read(shapes, tmp_path):
     process = program("train", *flags, output=tmp_path / "train")
     assert process.wait() == 1 and "Traceback" not in process.err
     [line] = [line for line in process.err.splitlines() if "error:" in line]
-    assert image.name in line
+    assert image.name in line and line.endswith("checkpoint.pt holds iteration 3: --resume goes on from there")
 
 
 def test_a_class_less_in_val(shapes, tmp_path):
