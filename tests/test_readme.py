@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [*ROOT.glob("experiments/*/README.md"), ROOT / "benchmarks/README.md"]  # of which the links are looked at
 PROGRAMS = ("train", "eval", "predict", "export", "convert")
-FOREIGN = {"--nproc_per_node", "--inplace"}  # of torchrun and setuptools
+FOREIGN = {"--nproc_per_node", "--inplace", "--shm-size"}  # of torchrun, setuptools and docker
 TEXT = {page: page.read_text() for page in [*PAGES, *OTHERS]}
 BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", TEXT[page], flags=re.DOTALL | re.MULTILINE) for page in PAGES}
 
