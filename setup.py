@@ -8,11 +8,8 @@ one line and is no error.
 
 import logging
 import os
-import re
 import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 if "build_ext" not in sys.argv:
@@ -22,6 +19,8 @@ try:
     from setuptools import Extension, setup
 except ImportError as error:
     sys.exit(f"setup.py: {error}; install it: {sys.executable} -m pip install -r requirements.txt 'setuptools>=65'")
+
+INSTEAD = "the model runs in plain PyTorch instead"
 
 
 def cuda_home():
@@ -34,94 +33,63 @@ def cuda_home():
             return folder
 
 
-def cuda_advice():
-    """How to get the toolkit that fits this torch."""
+def find_cuda():
+    """Where torch has CUDA, the toolkit's folder, which cpp_extension is told; says how to get one where none is."""
     version = torch.version.cuda
-    if int(version.split(".")[0]) < 13:  # pip's packages for CUDA 12 have no nvcc in them
-        return f"install NVIDIA's CUDA toolkit {version} and set CUDA_HOME"
-    # pip would pair this nvcc with the newest nvvm and crt, which do not go together
-    names = [f'"nvidia-{name}=={version}.*"' for name in ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")]
-    return f"set CUDA_HOME, or: {sys.executable} -m pip install {' '.join(names)}"
+    new = version and int(version.split(".")[0]) >= 13
+    if version and not (home := cuda_home()):
+        # Of CUDA 12, pip has no nvcc; later, it would pair it with the newest nvvm and crt, which do not go together.
+        names = [f'"nvidia-{name}=={version}.*"' for name in ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")]
+        advice = f"set CUDA_HOME, or: {sys.executable} -m pip install {' '.join(names)}"
+        advice = advice if new else f"install NVIDIA's CUDA toolkit {version} and set CUDA_HOME"
+        print(f"setup.py: there is no nvcc, so csrc is built for the CPU; on a GPU {INSTEAD}. {advice}")
+    elif version:
+        os.environ["CUDA_HOME"] = str(home)
+        if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            oldest = "7.5" if new else "7.0"  # that nvcc compiles for
+            os.environ["TORCH_CUDA_ARCH_LIST"] = f"{oldest};8.0;9.0+PTX"  # 8.0 serves 8.x, PTX what comes after 9.0
+            print(f"setup.py: no GPU here; the CUDA op is for all from {oldest} on, TORCH_CUDA_ARCH_LIST names others")
+        return home
 
 
-home = cuda_home() if torch.version.cuda else None
-if home:  # before cpp_extension is imported, which looks in fewer places
-    os.environ["CUDA_HOME"] = str(home)
-    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        oldest = "7.5" if int(torch.version.cuda.split(".")[0]) >= 13 else "7.0"  # that nvcc compiles for
-        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{oldest};8.0;9.0+PTX"  # 8.0 serves 8.x, PTX what comes after 9.0
-        print(f"setup.py: no GPU here, so the CUDA op is for all from {oldest} on; TORCH_CUDA_ARCH_LIST names others")
+home = find_cuda()  # before cpp_extension is imported, which looks in fewer places
 os.chdir(Path(__file__).resolve().parent)  # setuptools takes every path from the working directory
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU, no ninja: all this is no trouble
 from torch.utils import cpp_extension  # noqa: E402
 
 
-@contextmanager
-def output_in(file):
-    """Sends to the open file what this process and its children print, compilers and ninja among them."""
-    terminal = {number: os.dup(number) for number in (1, 2)}
-    try:
-        sys.stdout.flush()
-        for number in terminal:
-            os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, saved in terminal.items():
-            os.dup2(saved, number)
-            os.close(saved)
+class BuildOp(cpp_extension.BuildExtension):
+    def run(self):
+        """Builds a library; that one fails, for its version of CUDA say, does not stop the other."""
+        try:
+            super().run()
+        except (Exception, SystemExit) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"setup.py: {self.extensions[0].name} is not built ({reason}); {INSTEAD}")
 
-
-def complaints(output):
-    """What compilers said, without the command lines, which are longer."""
-    lines = [line for line in output.splitlines() if not re.match(r"\[\d+/\d+\]|FAILED: |ninja: |.* -[co] ", line)]
-    return "\n".join(lines[:60])
-
-
-class BuildOps(cpp_extension.BuildExtension):
     def build_extensions(self):
-        """Builds one library after the other: what fails for one, its CUDA version say, does not stop the next."""
-        instead = "the model runs in plain PyTorch instead"
         compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]
         if not shutil.which(compiler):
-            print(f"setup.py: csrc is not built, there is no C++ compiler {compiler} (set CXX to one); {instead}")
-            return
-        if torch.version.cuda and not home:
-            print(f"setup.py: there is no nvcc, so csrc is built for the CPU; on a GPU {instead}. {cuda_advice()}")
-        extensions, compile_all, compile_one = self.extensions, self.compiler.compile, self.compiler._compile
-        for extension in extensions:
-            self.extensions, self.compiler.compile, self.compiler._compile = [extension], compile_all, compile_one
-            extension.optional = False  # or setuptools would only warn
-            with tempfile.TemporaryFile("w+", errors="replace") as output:
-                try:
-                    with output_in(output):
-                        super().build_extensions()
-                except (Exception, SystemExit) as error:
-                    output.seek(0)
-                    if said := complaints(output.read()):
-                        print(said, file=sys.stderr)
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    print(f"setup.py: {extension.name} is not built ({reason}); {instead}")
-            extension.optional = True
-        self.extensions = extensions
+            raise FileNotFoundError(f"there is no C++ compiler {compiler}; set CXX to one")
+        super().build_extensions()
 
     def get_ext_filename(self, name):
         """ops.py loads a library only if its name tells the torch it was built for; it depends on no Python."""
         return f"{name}.torch-{torch.__version__}.so"
 
 
-def library(name, pattern, **options):
-    """A library of the sources that fit the pattern. `optional`: what is not there is not copied in place."""
+def build(name, pattern, **options):
+    """Builds a library of the sources that fit the pattern."""
     paths = {"include_dirs": cpp_extension.include_paths(), "library_dirs": cpp_extension.library_paths()}
     sources, headers = (sorted(map(str, Path("csrc").glob(files))) for files in (pattern, "*.h"))
-    return Extension(name, sources, depends=headers, language="c++", optional=True, **paths, **options)
+    extension = Extension(name, sources, depends=headers, language="c++", **paths, **options)
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildOp})
 
 
 openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for has one thread
 flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *openmp]
 torch_cpu = ["c10", "torch_cpu"]
-libraries = [library("_C", "*.cpp", libraries=torch_cpu, extra_compile_args=flags, extra_link_args=openmp)]
+build("_C", "*.cpp", libraries=torch_cpu, extra_compile_args=flags, extra_link_args=openmp)
 if home:  # the CUDA runtime comes with torch's libraries
     flags = {"nvcc": ["-O3", "--threads", str(os.cpu_count())]}
-    libraries.append(library("_C_cuda", "*.cu", libraries=[*torch_cpu, "c10_cuda"], extra_compile_args=flags))
-setup(ext_modules=libraries, cmdclass={"build_ext": BuildOps})
+    build("_C_cuda", "*.cu", libraries=[*torch_cpu, "c10_cuda"], extra_compile_args=flags)

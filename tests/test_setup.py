@@ -31,7 +31,7 @@ def build(folder):
 @pytest.mark.parametrize(
     "compiler, said",
     [
-        ("/no/compiler", ["no C++ compiler /no/compiler"]),
+        ("/no/compiler", ["no nvcc", "no C++ compiler /no/compiler"]),
         ("false", ["no nvcc", "_C is not built"]),
         pytest.param("c++", ["no nvcc"], marks=pytest.mark.skipif(not shutil.which("c++"), reason="there is no c++")),
     ],
@@ -43,7 +43,8 @@ def test_a_build_from_another_directory_says_what_is_not_built_and_is_no_error(c
     process = Process(build, tmp_path / "csrc", output=tmp_path / "build", CXX=compiler, CC=compiler)
     assert process.wait() == 0 and "Traceback" not in process.out + process.err, process.err
     said = [part for part in said if part != "no nvcc" or torch.version.cuda]
-    for line, part in zip(process.out.splitlines(), said, strict=True):
+    lines = [line for line in process.out.splitlines() if line.startswith("setup.py: ")]  # beside what compilers say
+    for line, part in zip(lines, said, strict=True):
         assert part in line and "the model runs in plain PyTorch instead" in line
         assert part != "no nvcc" or torch.version.cuda < "13" or f'"nvidia-nvvm=={torch.version.cuda}.*"' in line
     built = [f"_C.torch-{torch.__version__}.so"] if compiler == "c++" else []
