@@ -124,7 +124,8 @@ def sine_position(height, width, dim, like):
 
     Cells count from 1 and the last one is 1. Returns (height * width, dim), dtype and device as the tensor `like`.
     """
-    y, x = (torch.arange(1, n + 1, device=like.device, dtype=like.dtype) / (n + 1e-6) for n in (height, width))
+    y, x = (torch.arange(1, n + 1, device=like.device, dtype=like.dtype) for n in (height, width))
+    y, x = y / (y[-1] + 1e-6), x / (x[-1] + 1e-6)
     y, x = sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)
     return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1).flatten(0, 1)
 

@@ -1,10 +1,15 @@
 """Exports a checkpoint's model, with post-processing, as one file for other programs: .pt2 (torch.export) or .onnx."""
 
 import argparse
+import io
+import json
 import logging
+import shutil
+import tempfile
 import time
 import warnings
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,14 +19,14 @@ from torch.export import Dim
 
 from backbone import Swin
 from checkpoint import load_model
-from cli import positive, require_compiler, run_program
+from cli import positive, require_compiler, run_program, write_whole
 from config import InputError
 from decoder import masks
 from detections import best_queries
 from di import gather_tokens
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that .onnx needs
-LARGEST, MOST = 64, 64  # bounds of a dynamic side, in units of 32 pixels, and of a dynamic batch
+MOST = 64  # images in a batch
 
 
 class Detector(nn.Module):
@@ -51,17 +56,18 @@ class Detector(nn.Module):
         return scores, labels.gather(1, order), gather_tokens(boxes, order), logits
 
 
-def dynamic_sizes(config):
-    """What may differ between calls, for torch.export: the batch, and both sides in steps of 32 pixels.
+def dynamic_sizes(config, largest=4096):
+    """What may differ between calls: as torch.export takes it, and {name: [smallest, largest, step]} in images, pixels.
 
-    The smallest side is that of a square whose tokens suffice for the first selection, and of which every map has more
-    than one cell: torch.export makes a case of its own of sizes of 1.
+    The batch, and both sides up to `largest`, in steps of 32 pixels. The smallest side is that of a square whose tokens
+    suffice for the first selection, and of which every map has more than one cell: torch.export makes a case of its own
+    of sizes of 1, as the coarsest map of 64 pixels has.
     """
     tokens = lambda n: sum((n * 32 // stride) ** 2 for stride in (8, 16, 32, 64))  # noqa: E731
-    least = next(n for n in range(3, LARGEST) if tokens(n) >= config.selections[0])
-    batch = Dim("batch", max=MOST)
-    height, width = (Dim(name, min=least, max=LARGEST) for name in ("height", "width"))
-    return {"images": {0: batch, 2: 32 * height, 3: 32 * width}}, 32 * least
+    least = next(n for n in count(3) if tokens(n) >= config.selections[0])
+    height, width = (Dim(name, min=least, max=largest // 32) for name in ("height", "width"))
+    dynamic = {"images": {0: Dim("batch", max=MOST), 2: 32 * height, 3: 32 * width}}
+    return dynamic, {"batch": [1, MOST, 1]} | dict.fromkeys(("height", "width"), [32 * least, largest, 32])
 
 
 def trace(detector, example, dynamic):
@@ -72,17 +78,24 @@ def trace(detector, example, dynamic):
         return torch.export.export(detector, (example,), dynamic_shapes=dynamic, strict=False)
 
 
-def write(program, path, compiled=False):
-    """Write a traced program to the file, in the format of its suffix; `compiled`: ahead of time, for this machine."""
+def write(program, path, bounds, compiled=False):
+    """Write a traced program to the file, in the format of its suffix, with the bounds of `dynamic_sizes` in its
+    metadata; `compiled`: ahead of time, for this machine. The file is written whole or not at all. Raises OSError.
+    """
+    data, text = io.BytesIO(), json.dumps(bounds)
     if path.suffix == ".onnx":
         names = {"input_names": ["images"], "output_names": ["scores", "labels", "boxes", "masks"]}
         logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every constant that it does not fold
-        torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
-    elif compiled:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+        proto.metadata_props.add(key="bounds", value=text)
+        data.write(proto.SerializeToString())
+    elif compiled:  # what compiles ahead of time has no public name yet
+        configs = {"aot_inductor.metadata": {"bounds": text}}
+        torch._inductor.aoti_compile_and_package(program, package_path=data, inductor_configs=configs)
     else:
         warnings.filterwarnings("ignore", "No complete tensor found")  # it is about weights that are not on the CPU
-        torch.export.save(program, path)
+        torch.export.save(program, data, extra_files={"bounds": text})
+    write_whole(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
 
 
 def open_file(path, compiled=False):
@@ -115,58 +128,96 @@ def check_output(path, compiled, half):
     """Raise InputError unless the file can be written in the format that its suffix names, with what is installed."""
     if path.suffix not in (".pt2", ".onnx"):
         raise InputError(f"{path}: the suffix says the format; give a file that ends in .pt2 or .onnx")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; create it first")
     if path.suffix == ".onnx" and (compiled or half):
         raise InputError(f"{path}: {'--compile' if compiled else '--half'} is for .pt2")
     if compiled:
         require_compiler("--compile", torch.device("cpu"))
     if path.suffix == ".onnx" and (absent := [name for name in ONNX if find_spec(name) is None]):
         raise InputError(f"{path}: needs {', '.join(absent)}; python -m pip install {' '.join(absent)}")
+    if not path.resolve().parent.exists():
+        raise InputError(f"{path}: its folder does not exist; create it first")
+    try:
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint of train.py or convert.py")
-    parser.add_argument("output", metavar="OUT", help="file to write: OUT.pt2 for PyTorch, OUT.onnx for other runtimes")
-    parser.add_argument("--max-detections", type=positive, default=100, metavar="N", help="per image (default: 100)")
-    parser.add_argument(
+def check_room(path, model):
+    """Raise InputError where the disk has no room for the weights."""
+    needed = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if (free := shutil.disk_usage(path.resolve().parent).free) < needed:
+        raise InputError(f"{path}: {free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed; make room")
+
+
+def parse_arguments():
+    """The flags as a namespace, checked."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__} Such a file takes batches of 1 to {MOST} images and sides in steps of 32 pixels, from "
+        "96, or what the first selection needs (192 for the presets with a ResNet-50), up to --max-size. Sides of 64, "
+        "of which a map has a single cell, torch.export does not trace together with larger ones: give --size. "
+        "export.py prints these bounds, and they stand in the file's metadata, as bounds.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="A checkpoint of train.py or convert.py.")
+    add("output", metavar="OUT", help="The file to write: OUT.pt2 for PyTorch, OUT.onnx for other runtimes.")
+    add("--max-detections", type=positive, default=100, metavar="N", help="Detections of an image (default: 100).")
+    add("--max-size", type=positive, default=4096, metavar="N", help="The largest side in pixels (default: 4096).")
+    add(
         "--size",
         type=positive,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="images of this one size, in multiples of 32 pixels, one at a time (default: any batch and size; a Swin "
-        "backbone needs this flag, since its windows depend on the size)",
+        help="Take images of this one size, in multiples of 32 pixels, one at a time (default: any batch and size). A "
+        "Swin backbone needs this flag, since its windows depend on the size.",
     )
-    parser.add_argument(
-        "--half", action="store_true", help="for .pt2: compute in bfloat16, boxes and scores in float32"
-    )
-    parser.add_argument(
+    add("--half", action="store_true", help="For .pt2: compute in bfloat16, boxes and scores in float32.")
+    add(
         "--compile",
         action="store_true",
-        help="for .pt2 and with --size: compile ahead of time, for this machine; takes minutes",
+        help="For .pt2 and with --size: compile ahead of time, for this machine, which takes minutes.",
     )
     args = parser.parse_args()
-
-    path = Path(args.output)
-    check_output(path, args.compile, args.half)
+    args.output = Path(args.output)
     if args.compile and not args.size:  # for any size the compiler had not ended after 12 minutes, with preset tiny
         raise InputError("--compile needs --size: compiling for any size takes too long; e.g. --size 800 1344")
     if args.size and (args.size[0] % 32 or args.size[1] % 32):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 32")
+    if args.max_size % 32:
+        raise InputError(f"--max-size {args.max_size}: must be a multiple of 32")
+    check_output(args.output, args.compile, args.half)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    path = args.output
     model, _ = load_model(args.checkpoint)
     if not args.size and isinstance(model.backbone, Swin):
         raise InputError("--size is needed for a Swin backbone, whose windows depend on the size; e.g. --size 800 1344")
-    dynamic, least = (None, None) if args.size else dynamic_sizes(model.config)
-    sizes = (
-        [(1, *args.size)] if args.size else [(1, least, least), (2, least + 32, least), (1, least + 64, least + 128)]
-    )
+    check_room(path, model)
+    if args.size:
+        height, width = args.size
+        dynamic, sizes = None, [(1, height, width)]
+        bounds = {"batch": [1, 1, 1], "height": [height, height, 32], "width": [width, width, 32]}
+        takes = f"one image of {height} x {width} pixels"
+    else:
+        dynamic, bounds = dynamic_sizes(model.config, args.max_size)
+        least, largest, step = bounds["height"]
+        if largest < least + 128:
+            raise InputError(f"--max-size {largest}: must be {least + 128} or more for this model; or give --size")
+        sizes = [(1, least, least), (2, least + 32, least), (1, least + 64, least + 128)]
+        takes = f"1 to {MOST} images, sides of {least} to {largest} pixels in steps of {step}"
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
     with torch.no_grad():
         program = trace(detector, torch.rand(2 if dynamic else 1, 3, *sizes[-1][1:]), dynamic)
-        write(program, path, args.compile)
-        print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+        try:
+            write(program, path, bounds, args.compile)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); nothing is left of it") from None
+        print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB; {takes}")
         run = open_file(path, args.compile)
         for batch, height, width in sizes:
             images = torch.rand(batch, 3, height, width)

@@ -47,8 +47,8 @@ def _modules(*names):
     return [sys.modules[alias(name)] for name in names]
 
 
-_checkpoint, _config, _detections, _images, _model = _modules(
-    "checkpoint", "config", "detections", "formats.images", "model"
+_checkpoint, _config, _decoder, _detections, _images, _model = _modules(
+    "checkpoint", "config", "decoder", "detections", "formats.images", "model"
 )
 
 
@@ -74,7 +74,7 @@ def _entry(preset):
             if found != expected and name not in overrides:
                 reason = f"is no {preset}, its {name} is {found}, not {expected}"
                 raise ValueError(f"{checkpoint}: {reason}; load another entry")
-        model.classes = None if classes is None else list(classes)
+        model.classes, model.masks = None if classes is None else list(classes), _decoder.masks
         return model
 
     build.__doc__ = f"""{"DI-MaskDINO" if config.di else "Mask DINO"}, as a torch.nn.Module in evaluation mode.
@@ -83,7 +83,8 @@ def _entry(preset):
     classes     without a checkpoint: the list of the classes' names, instead of the preset's number of them
     overrides   fields of `Config` in config.py; with a checkpoint, those that leave the parameters as they are
 
-    The names are `model.classes`, None where there are none. Raises ValueError for what does not fit.
+    `model.masks(outputs)` are the mask logits (B, Q, H/4, W/4) of what it returns; the names are `model.classes`, None
+    where there are none. Raises ValueError for what does not fit.
     """
     return build
 

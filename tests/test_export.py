@@ -1,6 +1,8 @@
 """export.py: the files run without this repository, at any size and batch, and equal the model."""
 
 import re
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -22,16 +24,20 @@ MASK_DINO = {"di": False, "bato": False, "decoder_layers": 1}
 
 # Where no module of this repository is found.
 ELSEWHERE = """
-import onnxruntime, sys, torch
+import json, onnxruntime, sys, torch
 from pathlib import Path
 images, found = torch.load("images.pt"), {}
 for path in map(str, Path().glob("model.*")):
     if path.endswith(".onnx"):
         session = onnxruntime.InferenceSession(path)
         found[path] = [[torch.from_numpy(x) for x in session.run(None, {"images": x.numpy()})] for x in images]
+        bounds = session.get_modelmeta().custom_metadata_map["bounds"]
     else:
-        model = torch.export.load(path).module()
+        extra = {"bounds": ""}
+        model = torch.export.load(path, extra_files=extra).module()
         found[path] = [list(model(x)) for x in images]
+        bounds = extra["bounds"]
+    assert json.loads(bounds) == {"height": [64, 4096, 32]}, bounds
 torch.save(found, "found.pt")
 assert not {"attention", "model", "export"} & set(sys.modules)
 """
@@ -51,7 +57,7 @@ def files_equal_the_model(folder, program, detector, sizes):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     for suffix in ("onnx", "pt2"):
-        write(program, folder / f"model.{suffix}")
+        write(program, folder / f"model.{suffix}", {"height": [64, 4096, 32]})
     images = [torch.rand(batch, 3, height, width) for batch, height, width in sizes]
     torch.save(images, folder / "images.pt")
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True)
@@ -121,7 +127,8 @@ def test_program_says_how_far_the_file_is_from_the_model(flags, program, swin, t
     status, said = program("c.pt", "out.pt2", "--size", "96", "160", "--max-detections", "7", *flags)
     assert status == 0
     written, checked = said.splitlines()
-    assert written.startswith("out.pt2: written in") and checked.startswith("1 x 96 x 160: largest difference")
+    assert written.startswith("out.pt2: written in") and written.endswith("MB; one image of 96 x 160 pixels")
+    assert checked.startswith("1 x 96 x 160: largest difference")
     scores, *others = map(float, re.findall(r"([\d.e+-]+) in ", checked.partition(":")[2]))
     assert len(others) == 2
     if flags:  # bfloat16 rounds to 0.4 %, by which tokens that are nearly equal change places
@@ -138,17 +145,42 @@ def test_program_says_how_far_the_file_is_from_the_model(flags, program, swin, t
     [
         (["c.pt", "out.txt"], "out.txt: the suffix says the format"),
         (["c.pt", "nowhere/out.pt2"], "nowhere/out.pt2: its folder does not exist"),
-        (["c.pt", "out.onnx", "--compile"], "--compile is for .pt2"),
+        (["c.pt", "out.onnx", "--size", "64", "64", "--compile"], "--compile is for .pt2"),
         (["c.pt", "out.onnx", "--half"], "--half is for .pt2"),
         (["c.pt", "out.pt2", "--size", "96", "100"], "--size 96 100: both must be multiples of 32"),
         (["c.pt", "out.pt2"], "--size is needed for a Swin backbone"),
         (["c.pt", "out.pt2", "--compile"], "--compile needs --size"),
+        (["c.pt", "out.pt2", "--max-size", "100"], "--max-size 100: must be a multiple of 32"),
+        (["missing.pt", "c.pt/out.pt2"], "c.pt/out.pt2: cannot be written (Not a directory)"),
+        (["missing.pt", "folder.pt2"], "folder.pt2: is a folder"),
         (["missing.pt", "out.pt2"], "missing.pt: no such"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, program, swin):
+def test_bad_input_is_one_line(flags, message, program, swin, tmp_path):
+    (tmp_path / "folder.pt2").mkdir()
     status, _ = program(*flags)
     assert message in status and "\n" not in status
+
+
+def test_a_disk_without_room_is_said_before_tracing(program, swin, monkeypatch):
+    monkeypatch.setattr(export, "trace", None)
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    status, _ = program("c.pt", "out.pt2", "--size", "64", "64")
+    assert "out.pt2: 0 MB are free, " in status and "\n" not in status
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    program = torch.export.export(torch.nn.Linear(99, 999), (torch.rand(1, 99),))
+    (tmp_path / "out.pt2").write_text("earlier")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write(program, tmp_path / "out.pt2", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
 def test_compiling_without_a_compiler_is_one_line(program):

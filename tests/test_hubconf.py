@@ -114,6 +114,10 @@ def test_a_model_of_a_checkpoint(tiny_checkpoint):
     assert model.classes[9] == "kind 9" and model.config.test_size == (32, 50)
     weights = torch.load(tiny_checkpoint, weights_only=True)["model"]
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    with torch.no_grad():
+        outputs = model([torch.rand(3, 64, 64)])
+    queries = outputs["pred_logits"].shape[1]
+    assert model.masks(outputs).shape == model.masks(outputs["aux_outputs"][0]).shape == (1, queries, 16, 16)
     with pytest.raises(ValueError, match="is no maskdino_r50, its backbone is resnet18"):
         load("maskdino_r50", checkpoint=tiny_checkpoint)
     with pytest.raises(ValueError, match="the checkpoint has its own"):
