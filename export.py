@@ -57,7 +57,7 @@ class Detector(nn.Module):
 
 
 def dynamic_sizes(config, largest=4096):
-    """What may differ between calls: as torch.export takes it, and {name: [smallest, largest, step]} in images, pixels.
+    """What may differ between calls: as torch.export takes it, and {name: [smallest, largest]} in images and pixels.
 
     The batch, and both sides up to `largest`, in steps of 32 pixels. The smallest side is that of a square whose tokens
     suffice for the first selection, and of which every map has more than one cell: torch.export makes a case of its own
@@ -65,9 +65,11 @@ def dynamic_sizes(config, largest=4096):
     """
     tokens = lambda n: sum((n * 32 // stride) ** 2 for stride in (8, 16, 32, 64))  # noqa: E731
     least = next(n for n in count(3) if tokens(n) >= config.selections[0])
+    if largest // 32 <= least:
+        raise InputError(f"--max-size {largest}: must be {32 * least + 32} or more for this model; or give --size")
     height, width = (Dim(name, min=least, max=largest // 32) for name in ("height", "width"))
     dynamic = {"images": {0: Dim("batch", max=MOST), 2: 32 * height, 3: 32 * width}}
-    return dynamic, {"batch": [1, MOST, 1]} | dict.fromkeys(("height", "width"), [32 * least, largest, 32])
+    return dynamic, {"batch": [1, MOST]} | dict.fromkeys(("height", "width"), [32 * least, largest // 32 * 32])
 
 
 def trace(detector, example, dynamic):
@@ -144,13 +146,6 @@ def check_output(path, compiled, half):
         raise InputError(f"{path}: is a folder; give the name of a file")
 
 
-def check_room(path, model):
-    """Raise InputError where the disk has no room for the weights."""
-    needed = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if (free := shutil.disk_usage(path.resolve().parent).free) < needed:
-        raise InputError(f"{path}: {free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed; make room")
-
-
 def parse_arguments():
     """The flags as a namespace, checked."""
     parser = argparse.ArgumentParser(
@@ -184,8 +179,6 @@ def parse_arguments():
         raise InputError("--compile needs --size: compiling for any size takes too long; e.g. --size 800 1344")
     if args.size and (args.size[0] % 32 or args.size[1] % 32):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: both must be multiples of 32")
-    if args.max_size % 32:
-        raise InputError(f"--max-size {args.max_size}: must be a multiple of 32")
     check_output(args.output, args.compile, args.half)
     return args
 
@@ -196,19 +189,16 @@ def main():
     model, _ = load_model(args.checkpoint)
     if not args.size and isinstance(model.backbone, Swin):
         raise InputError("--size is needed for a Swin backbone, whose windows depend on the size; e.g. --size 800 1344")
-    check_room(path, model)
+    needed = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if (free := shutil.disk_usage(path.resolve().parent).free) < needed:
+        raise InputError(f"{path}: {free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed; make room")
     if args.size:
-        height, width = args.size
-        dynamic, sizes = None, [(1, height, width)]
-        bounds = {"batch": [1, 1, 1], "height": [height, height, 32], "width": [width, width, 32]}
-        takes = f"one image of {height} x {width} pixels"
+        dynamic, sizes = None, [(1, *args.size)]
+        bounds = {name: [size, size] for name, size in zip(("batch", "height", "width"), sizes[0], strict=True)}
     else:
         dynamic, bounds = dynamic_sizes(model.config, args.max_size)
-        least, largest, step = bounds["height"]
-        if largest < least + 128:
-            raise InputError(f"--max-size {largest}: must be {least + 128} or more for this model; or give --size")
-        sizes = [(1, least, least), (2, least + 32, least), (1, least + 64, least + 128)]
-        takes = f"1 to {MOST} images, sides of {least} to {largest} pixels in steps of {step}"
+        least, most = bounds["height"]
+        sizes = [(1, least, least), (2, least + 32, least), (1, min(least + 64, most), min(least + 128, most))]
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
     with torch.no_grad():
@@ -217,7 +207,12 @@ def main():
             write(program, path, bounds, args.compile)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); nothing is left of it") from None
-        print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB; {takes}")
+        print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+        print(
+            "takes "
+            + ", ".join(f"{name} {low} to {high}" for name, (low, high) in bounds.items())
+            + ", in steps of 32 pixels"
+        )
         run = open_file(path, args.compile)
         for batch, height, width in sizes:
             images = torch.rand(batch, 3, height, width)
