@@ -23,7 +23,7 @@ from cli import write_whole
 from config import PRESETS, InputError, add_config_arguments, config_from
 from data import seed_of, to_device, train_batches
 from detections import detect
-from drawing import draw_instances, save_png
+from drawing import draw_rows, save_png
 from eval import evaluate
 from formats.coco import check_sizes, match_classes
 from losses import SetCriterion
@@ -164,11 +164,8 @@ def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
     columns = []
     for image, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
         [[found]] = detect(model, [image], score_threshold=threshold)
-        pair = draw_instances(image, target, dataset.classes), draw_instances(image, found, classes)
-        columns.append(torch.cat(pair, 1))
-    height = max(column.shape[1] for column in columns)
-    columns = [nn.functional.pad(column, (0, 4, 0, height - column.shape[1]), value=255) for column in columns]
-    write_whole(path, lambda temporary: save_png(torch.cat(columns, 2), temporary))
+        columns.append([(image, target, dataset.classes), (image, found, classes)])
+    write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
 
 
 class Trainer:
