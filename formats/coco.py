@@ -186,10 +186,8 @@ def _report(annotations, faults, notes):
 
     Raises DataError where one is REFUSED.
     """
-    worst = {}  # id() of an annotation: (kind, annotation, why)
-    for fault in faults:
-        if fault[0] < worst.get(id(fault[1]), (math.inf,))[0]:
-            worst[id(fault[1])] = fault
+    # The last of the sorted ones stays: the first of the first kind.
+    worst = {id(fault[1]): fault for fault in sorted(faults[::-1], key=lambda fault: -fault[0])}
     places = {id(annotation): place for place, annotation in enumerate(annotations)} if worst else {}
     for kind in (REFUSED, *NOTES):
         found = [(annotation, why) for other, annotation, why in worst.values() if other == kind]
