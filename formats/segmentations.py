@@ -42,7 +42,7 @@ def check_segmentations(annotations, sizes):
             box, faults[REFUSED, index] = NO_BOX, why
         boxes.append(box)
         try:
-            shape = _shape(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+            shape = _shape(annotation, sizes)
         except Fault as fault:
             kind, faults[kind, index] = fault.args
             shaped[index] = False
@@ -132,15 +132,16 @@ def _fit(boxes, bounds):
     return common >= 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
 
 
-def _shape(segmentation, height, width):
+def _shape(annotation, sizes):
     """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
+    segmentation = annotation.get("segmentation")
     try:
         polygons = list(map(DOUBLES, segmentation))
         if min(map(len, polygons)) < 6:
             raise ValueError
     except (TypeError, ValueError, OverflowError):  # not the usual form
         if isinstance(segmentation, dict):
-            return _rle(segmentation, height, width)
+            return _rle(segmentation, *sizes[annotation["image_id"]])
         try:
             polygons = _polygons([] if segmentation is None else segmentation)
         except (TypeError, OverflowError):
