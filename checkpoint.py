@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -122,7 +121,7 @@ def link(path, name):
 class Output:
     """The folder that one training writes to, checkpoints and log, locked while its process lives.
 
-    folder  need not exist yet; nothing is written before `begin`, but for the lock in a folder that exists
+    folder  need not exist yet; before `begin`, nothing is written but the lock, in a folder that exists
     resume  whether to go on from the newest checkpoint in it, if there is one: `resumed`, (path, content) or None
 
     Of several processes that of rank 0 writes. Raises InputError where another training writes to the folder or has
@@ -132,40 +131,33 @@ class Output:
     TRACES = ("checkpoint.pt", "previous.pt", "best.pt", "log.jsonl")
 
     def __init__(self, folder, resume):
-        self.folder, self.lock = Path(folder), None
-        self.claim()
-        self.resumed = newest_checkpoint(self.folder) if resume else None
-        self.refuse_traces(resume)
+        self.folder, self.lock, self.resumed = Path(folder), False, None
+        if self.folder.is_dir():
+            self.claim(resume)
 
-    def claim(self):
-        """Lock the folder, if it is there, for as long as this process lives."""
-        if process_rank() == 0 and self.lock is None and self.folder.is_dir():
+    def claim(self, resume):
+        """Lock the folder and look what is in it."""
+        if process_rank() == 0:
             self.lock = lock_file(self.folder / ".lock")
-
-    def refuse_traces(self, resume):
-        """Raise InputError if the folder holds files that a training which starts anew would overwrite."""
-        traces = [path for path in (self.folder / name for name in self.TRACES)
-                  if os.path.lexists(path) and path.stat().st_size]  # fmt: skip
-        if resume and not self.resumed:  # the log alone is of a training that came to no checkpoint
-            traces = [path for path in traces if path.name != "log.jsonl"]
-        if traces and not self.resumed:
-            names = ", ".join(path.name for path in traces)
+        self.resumed = newest_checkpoint(self.folder) if resume else None
+        there = [name for name in self.TRACES if (path := self.folder / name).exists() and path.stat().st_size]
+        if resume and "log.jsonl" in there:  # alone, it is of a training that came to no checkpoint
+            there.remove("log.jsonl")
+        if there and not self.resumed:
             what = "but no checkpoint to resume; choose" if resume else "go on with --resume or choose"
+            names = ", ".join(there)
             raise InputError(f"{self.folder}: holds {names} of an earlier training; {what} another --output")
 
     def begin(self, iteration):
         """Make the folder, and the log that of a training after so many iterations; returns the log's entries."""
-        self.entries = []
         if process_rank() > 0:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.lock is None:  # it was not there; another training may have begun meanwhile
-            self.claim()
-            self.refuse_traces(resume=False)
+        if self.lock is False:  # the folder was not there; another training may have begun meanwhile
+            self.claim(resume=False)
         if self.lock:  # so that no one else is writing
-            for path in self.folder.glob(".*.tmp"):  # a killed process has left it
-                if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name):
-                    path.unlink()
+            for path in self.folder.glob(f".{'[0-9a-f]' * 32}.tmp"):  # a killed process has left it
+                path.unlink()
         entries = read_log(self.folder / "log.jsonl", iteration)
         self.log = open(self.folder / "log.jsonl", "a", buffering=1)
         return entries

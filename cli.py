@@ -228,8 +228,7 @@ def percent(value):
 def write_whole(path, write):
     """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError.
 
-    The temporary file is in the same folder and has a name of its own, whoever else writes there; as short as may be,
-    for the sake of names that are as long as the file system allows.
+    The temporary file's name is its own, whoever else writes to the folder, and short, however long that of `path` is.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -289,13 +288,13 @@ def make_console_safe():
     )
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """How far a program is, on stderr: tqdm's bar on a terminal, else a line at least every 30 s.
 
     what   the work, e.g. "evaluate"
     total  of the things to do, `done` of them before; `unit` is what they are called
 
-    A context manager: the bar goes when the block ends. Of several processes that of rank 0 speaks.
+    The bar goes when the block ends. Of several processes that of rank 0 speaks.
     """
 
     EVERY, BAR_EVERY = 30.0, 3.0  # seconds between lines, and between what is shown beside a bar
@@ -303,11 +302,8 @@ class Progress:
     def __init__(self, what, total, done=0, unit="images"):
         self.what, self.total, self.done, self.unit, self.first = what, total, done, unit, done
         self.begin = self.said = self.last = time.monotonic()  # of all, of the last line, and of the last step
-        self.quiet = process_rank() > 0
-        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=self.quiet or None, file=sys.stderr)
-
-    def __enter__(self):
-        return self
+        quiet = process_rank() > 0 or None  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=quiet, file=sys.stderr)
 
     def __exit__(self, *_):
         self.bar.close()
@@ -316,23 +312,19 @@ class Progress:
         """`count` more are done. shown(): {name: value} to show beside it, called only where it is shown."""
         self.done += count
         self.bar.update(count)
-        now = time.monotonic()
-        every = self.EVERY if self.bar.disable else self.BAR_EVERY
+        now, every = time.monotonic(), self.EVERY if self.bar.disable else self.BAR_EVERY
         late = now + (now - self.last) > self.said + every  # after one more step it would be
         self.last = now
-        if late and not self.quiet:
-            self.said = now
-            if self.bar.disable:
-                self.say(self.line(shown()), sys.stderr)
-            else:
-                self.bar.set_postfix(shown())
-
-    def line(self, shown):
-        """What is said where there is no terminal: how many are done, how fast, the time left, and what is shown."""
-        rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.begin)
+        if process_rank() > 0 or not late:
+            return
+        self.said = now
+        if not self.bar.disable:
+            self.bar.set_postfix(shown())
+            return
+        rate = (self.done - self.first) / max(1e-9, now - self.begin)
         left = timedelta(seconds=round((self.total - self.done) / rate))
-        words = [f"{self.done} of {self.total} {self.unit}", f"{rate:.3g} a second", f"{left} left"]
-        return f"{self.what}: " + ", ".join([*words, *(f"{name} {value}" for name, value in shown.items())])
+        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} a second, {left} left"
+        self.say(", ".join([line, *(f"{name} {value}" for name, value in shown().items())]), sys.stderr)
 
     def say(self, line, file=None):
         """Print a line, above the bar if there is one; on stdout or in another file."""
@@ -379,9 +371,10 @@ def reason_of(error):
         return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
     if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
         return f"the device cannot run the model ({text[:150]}); use --device cpu"
-    if isinstance(error, DataError | InputError):
-        return str(error)
     if isinstance(error, OSError | RuntimeError):
-        limits = [reason for pattern, reason in LIMITS.items() if re.search(pattern, text)]
-        return next(iter(limits), str(error).rstrip().split("\n")[-1] if isinstance(error, OSError) else None)
-    return None
+        for pattern, reason in LIMITS.items():
+            if re.search(pattern, text):
+                return reason
+    if isinstance(error, OSError):
+        return str(error).rstrip().split("\n")[-1]  # a loader process sends its traceback, the error being its end
+    return str(error) if isinstance(error, DataError | InputError) else None

@@ -100,21 +100,23 @@ def exchange(tensor):
 
 
 def together(function):
-    """What `function()` returns; where it raises an error in any process, all of them end.
-
-    The first of these processes says why, the others nothing.
-    """
+    """What `function()` returns; where it raises an error in any process, all of them end, see `end_if`."""
     result, error = None, None
     try:
         result = function()
     except Exception as found:
         error = found
+    end_if(error)
+    return result
+
+
+def end_if(error):
+    """End all processes if there is an error in any, None being none; the first of those with one raises it."""
     failed = [rank for rank, bad in enumerate(gather(error is not None)) if bad]
-    if not failed:
-        return result
-    if process_rank() == failed[0]:
+    if failed and process_rank() == failed[0]:
         raise error
-    sys.exit(1)
+    if failed:
+        sys.exit(1)
 
 
 def require_same(**settings):

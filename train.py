@@ -185,9 +185,9 @@ class Trainer:
         self.frozen = self.schedule.backbone_lr == 0
         self.stop = min(self.schedule.iterations, args.max_iterations or self.schedule.iterations)
         # With the iteration and the process, all that images and random numbers depend on, and what is trained.
-        self.settings = {"seed": args.seed, "augment": args.augment, "keep_empty": args.keep_empty}
-        self.settings |= {"images_per_iteration": self.schedule.step_size}
-        self.settings |= {"frozen_backbone": self.frozen, "classes": self.train_set.classes}
+        self.settings = {"seed": args.seed, "augment": args.augment, "keep_empty": args.keep_empty,
+                         "images_per_iteration": self.schedule.step_size, "frozen_backbone": self.frozen,
+                         "classes": self.train_set.classes}  # fmt: skip
         self.iteration, self.seconds = 0, 0.0
         self.saved, self.stepping = 0, False  # the iteration of checkpoint.pt; whether the weights are half changed
         self.window = {}  # sums of the terms since the last line of the log
@@ -265,10 +265,8 @@ class Trainer:
             f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
             f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output.folder}"
         )
-        if 2 * schedule.warmup >= stop:
-            distributed.warn(
-                f"the warm-up takes {schedule.warmup} of {stop} iterations: lower --warmup, or train longer"
-            )
+        if 2 * (warmup := schedule.warmup) >= stop:
+            distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
         cli.warn_of_crowded_images(self.train_set, self.model.config)
 
     def epoch(self, iteration):
@@ -360,8 +358,10 @@ class Trainer:
         self.optimizer.zero_grad()
         scaler, stopping = self.scaler, bool(self.signals)
         terms, stopping = backward(self.parallel, self.criterion, batches, self.autocast, scaler, stopping)
-        if terms is None:
-            self.fail(failure)
+        if terms is None:  # there is no batch, here or in another process
+            if self.iteration > self.saved:
+                self.save()
+            distributed.end_if(failure)
         if scaler:
             scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -386,17 +386,6 @@ class Trainer:
             return [to_device(batch, self.device) for batch in loaded], None
         except Exception as error:
             return None, error
-
-    def fail(self, failure):
-        """Save, and end all processes, as one of them could not load its images; raises its exception there."""
-        if self.iteration > self.saved:
-            self.save()
-
-        def raise_it():
-            if failure:
-                raise failure
-
-        distributed.together(raise_it)
 
     def check_finite(self, terms, norm, batches):
         """Raise InputError, before the step, if the loss or the gradient's norm is not finite in any process.

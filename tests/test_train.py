@@ -353,7 +353,7 @@ def test_killed_ten_times_and_resumed(run, shapes, uninterrupted, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path, capsys):
     """A signal ends the program cleanly, with a checkpoint behind the step that it came in, from which it goes on."""
     output = tmp_path / "out"
