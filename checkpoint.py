@@ -266,18 +266,16 @@ def read_log(path, iteration):
 def add_start_arguments(parser):
     """The flags that name what a training starts from."""
     add = parser.add_argument_group("starting point").add_argument
+    kinds = (
+        "torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, Microsoft's Swin or Detectron2"
+    )
+    default = "torchvision's ImageNet weights; for tiny, none"
     add(
-        "--backbone-weights",
-        metavar="NAME-OR-FILE",
-        help="pretrained backbone: torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, "
-        "Microsoft's Swin or Detectron2; or none (default: torchvision's ImageNet weights; for tiny, none)",
+        "--backbone-weights", metavar="NAME-OR-FILE", help=f"pretrained backbone: {kinds}; or none (default: {default})"
     )
     add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds",
-    )
+    pickle = "a pickle, such as Detectron2's .pkl, which can run any program it holds"
+    add("--trust-pickle", action="store_true", help=f"allow --backbone-weights to be {pickle}")
 
 
 def load_starting_point(model, args, classes):

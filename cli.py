@@ -302,7 +302,10 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(self, what, total, done=0, unit="images"):
         self.what, self.total, self.done, self.unit, self.first = what, total, done, unit, done
         self.begin = self.said = self.last = time.monotonic()  # of all, of the last line, and of the last step
-        quiet = process_rank() > 0 or None  # None: where there is no terminal
+        columns = 0
+        with contextlib.suppress(OSError, ValueError):  # no terminal; a container's may have no size, and show no bar
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        quiet = process_rank() > 0 or columns == 0
         self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=quiet, file=sys.stderr)
 
     def __exit__(self, *_):
