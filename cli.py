@@ -269,7 +269,9 @@ class Console:
     def _attempt(self, function, *arguments):
         try:
             function(*arguments)
-        except (OSError, ValueError, RuntimeError):  # ValueError: closed meanwhile; RuntimeError: in a signal's handler
+        except (BlockingIOError, RuntimeError, UnicodeError):  # RuntimeError: in a signal's handler, amid other words
+            pass
+        except (OSError, ValueError):  # ValueError: closed meanwhile
             with contextlib.suppress(OSError, ValueError):  # what is still in its buffer must not fail at the end
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -191,7 +192,7 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0
         self.saved, self.stepping = 0, False  # the iteration of checkpoint.pt; whether the weights are half changed
         self.window = {}  # sums of the terms since the last line of the log
-        self.signals = []
+        self.signals = []  # when the first one came
         self.output = checkpoint.Output(args.output, args.resume)
         if args.resume and not self.output.resumed:
             distributed.say(f"nothing to resume in {self.output.folder}: starting anew")
@@ -311,13 +312,16 @@ class Trainer:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        if self.signals:
+        now = time.monotonic()
+        if not self.signals:
+            self.signals.append(now)
+            print("stopping after this iteration; a second signal ends it at once", file=sys.stderr, flush=True)
+        # torchrun passes on what the terminal has sent to all processes, and `timeout` sends twice: that is one signal.
+        elif now - self.signals[0] > (5.0 if "WORLD_SIZE" in os.environ else 0.5):
             for process in multiprocessing.active_children():  # they may wait for a disk
                 process.kill()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signals.append(number)
-        print("stopping after this iteration; a second signal ends it at once", file=sys.stderr, flush=True)
 
     def rescue(self):
         """Save what there is, as far as that is possible. Returns words on what can be resumed, or None."""
