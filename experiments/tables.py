@@ -286,7 +286,7 @@ def run(chosen, data, data_root, output, gpus):
             if "train.py" in command:
                 if (folder / "eval.json").exists():
                     continue  # trained for another table
-                if folder.exists():
+                if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
                     command = [*command, "--resume"]
             print(f"{TITLES[row.table]}, {row.name}: {shlex.join(command)}", flush=True)
             words = [sys.executable, *command[1:]] if command[0] == "python" else command
