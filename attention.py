@@ -1,11 +1,9 @@
 """Multi-scale deformable attention (Deformable DETR, Sec. 4.1), feed-forward networks, and sine positions of boxes."""
 
 import math
-from functools import partial, wraps
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ops import ms_deform_attn
 
@@ -104,11 +102,6 @@ def xavier_matrices_(module):
             child.reset_parameters()
 
 
-def recompute(module, *args):
-    """Returns module(*args). In training the backward pass computes what is inside once more, instead of storing it."""
-    return checkpoint(module, *args, use_reentrant=False) if module.training else module(*args)
-
-
 def sine_embedding(values, dim, temperature=10000):
     """`dim` channels for every value: sin (even channels) and cos (odd) of value * 2 pi at dim / 2 frequencies.
 
@@ -143,38 +136,3 @@ def inverse_sigmoid(x, eps=1e-5):
     """Logit of x, any shape; x and 1 - x are kept at `eps` or above, so the logits lie within about +-11.5."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
-
-
-def refine(boxes, x, box_head):
-    """Boxes (B, Q, 4), cxcywh in [0, 1], moved in logits by what the box head makes of the queries x (B, Q, C)."""
-    return (in_full_precision(box_head, x) + inverse_sigmoid(boxes)).sigmoid()
-
-
-def full_precision(x):
-    """Returns x with half-precision tensors, also those in lists and tuples, in float32."""
-    if isinstance(x, list | tuple):
-        return x._make(map(full_precision, x)) if hasattr(x, "_make") else type(x)(map(full_precision, x))
-    half = torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half else x
-
-
-def in_full_precision(function, x, *args):
-    """Returns function(x, *args) without autocast, if it is on, and then with half-precision tensors in float32.
-
-    It is for boxes, and for the scores that decide a selection, which half precision would round to a few values.
-    """
-    device = (x[0] if isinstance(x, list | tuple) else x).device.type
-    if not torch.is_autocast_enabled(device):
-        return function(x, *args)
-    with torch.autocast(device, enabled=False):
-        return function(*full_precision((x, *args)))
-
-
-def published(method):
-    """Decorates a method that is `in_full_precision` in the published training, where the module's `float32` is set."""
-
-    @wraps(method)
-    def chosen(self, *args):
-        return in_full_precision(partial(method, self), *args) if self.float32 else method(self, *args)
-
-    return chosen

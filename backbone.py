@@ -16,8 +16,8 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
-from attention import recompute
 from config import InputError
+from precision import recompute
 
 # Swin transformers: embedding channels, blocks of the third stage, window side, stochastic depth. "_384" are those with
 # the larger window, pretrained on images of 384 pixels.

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, in_full_precision, recompute, sine_position, xavier_matrices_
+from attention import FeedForward, sine_position, xavier_matrices_
 from di import gather_tokens, select
 from encoder import Features, GroupNorm, tokens_to_map
+from precision import in_full_precision, recompute
 
 
 class BATO(nn.Module):

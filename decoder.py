@@ -5,8 +5,9 @@ import math
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, MSDeformAttn, published, recompute, refine, sine_box, xavier_matrices_
-from di import Queries
+from attention import MLP, FeedForward, MSDeformAttn, sine_box, xavier_matrices_
+from di import Queries, refine
+from precision import published, recompute
 
 
 def masks(predictions):

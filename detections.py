@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert
 
-from attention import full_precision
 from config import InputError
 from data import eval_transform
 from decoder import masks
 from di import gather_tokens
+from precision import full_precision
 
 MASK_PIXELS = 2**24  # of masks that `postprocess` holds as floats at a time: 64 MB
 

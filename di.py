@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attention import MLP, FeedForward, full_precision, in_full_precision, inverse_sigmoid, published, refine, sine_box
+from attention import MLP, FeedForward, inverse_sigmoid, sine_box
 from encoder import cell_centres
+from precision import full_precision, in_full_precision, published
 
 
 class Queries(NamedTuple):
@@ -19,6 +20,11 @@ class Queries(NamedTuple):
 
     content: torch.Tensor  # (B, Q, C)
     boxes: torch.Tensor  # (B, Q, 4) reference boxes, cxcywh in [0, 1] relative to the padded batch
+
+
+def refine(boxes, x, box_head):
+    """Boxes (B, Q, 4), cxcywh in [0, 1], moved in logits by what the box head makes of the queries x (B, Q, C)."""
+    return (in_full_precision(box_head, x) + inverse_sigmoid(boxes)).sigmoid()
 
 
 def gather_tokens(x, indices):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import FeedForward, MSDeformAttn, published, recompute, sine_position, xavier_matrices_
+from attention import FeedForward, MSDeformAttn, sine_position, xavier_matrices_
+from precision import published, recompute
 
 
 class Features(NamedTuple):

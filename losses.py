@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from attention import full_precision
 from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points, stack_layers
+from precision import full_precision
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 
@@ -54,11 +54,10 @@ def denoising_pairs(counts, groups, num_layers):
     """Pairs as of the matcher, (3, num_layers, groups * sum(counts)), for images with so many instances each: denoising
     query g * max(counts) + i is the i-th instance of its image in group g.
     """
-    rows = []
-    for image, n in enumerate(counts):
-        group, i = torch.arange(groups).repeat_interleave(n), torch.arange(n).repeat(groups)
-        rows.append(torch.stack([0 * i + image, group * max(counts) + i, i + sum(counts[:image])]))
-    return torch.cat(rows, 1)[:, None].expand(-1, num_layers, -1)
+    first = [sum(counts[:image]) for image in range(len(counts))]
+    places = [(image, g, i) for image, n in enumerate(counts) for g in range(groups) for i in range(n)]
+    pairs = torch.tensor([(image, g * max(counts) + i, first[image] + i) for image, g, i in places])
+    return pairs.T[:, None].expand(-1, num_layers, -1)
 
 
 class SetCriterion(nn.Module):
@@ -88,7 +87,7 @@ class SetCriterion(nn.Module):
         Returns the unweighted terms {name: scalar}, at least in float32, divided by num_instances.
         """
         counts = [len(t["labels"]) for t in targets]
-        num_instances = max(1.0, sum(counts)) if num_instances is None else num_instances
+        num_instances = num_instances or max(1.0, sum(counts))
         sets = {f"_di_{i}": layer for i, layer in enumerate(outputs["di_outputs"])}
         sets |= {"_interm": outputs["interm_outputs"], "": outputs}
         stacks = stack_layers(sets | {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])})
@@ -116,18 +115,18 @@ class SetCriterion(nn.Module):
         layer = torch.arange(len(image), device=image.device)[:, None]
         one_hot = torch.zeros_like(stack.logits)
         one_hot[layer, image, query, labels[target]] = 1
-        found, wanted = stack.boxes[layer, image, query], boxes[target]  # (L, P, 4)
+        predicted, wanted = stack.boxes[layer, image, query], boxes[target]  # (L, P, 4)
         sums = [
             sigmoid_focal_loss(stack.logits, one_hot, alpha=0.25, gamma=2).sum((1, 2, 3)),
-            (found - wanted).abs().sum((1, 2)),
-            (1 - pairwise_giou(found[:, :, None], wanted[:, :, None])).sum((1, 2, 3)),
+            (predicted - wanted).abs().sum((1, 2)),
+            (1 - pairwise_giou(predicted[:, :, None], wanted[:, :, None])).sum((1, 2, 3)),
         ]
         if stack.embeddings is not None:
-            embeddings, masks = stack.embeddings[layer, image, query].to(stack.pixel_features.dtype), []  # (L, P, C)
-            parts = zip(embeddings.split(counts, 1), target.split(counts, 1), stack.pixel_features, strict=True)
-            for some, index, pixel_features in parts:
+            embeddings = stack.embeddings[layer, image, query].to(stack.pixel_features.dtype)  # (L, P, C)
+            parts, masks = (embeddings.split(counts, 1), target.split(counts, 1), stack.pixel_features), []
+            for some, index, pixel_features in zip(*parts, strict=True):
                 maps = full_precision(torch.einsum("lpc,chw->lphw", some, pixel_features)).flatten(0, 1)  # Eq. 11
                 losses = torch.stack(mask_losses(maps, index.flatten(), *points, self.num_points))
                 masks.append(losses.unflatten(1, index.shape).sum(2))
-            sums += torch.stack(masks).sum(0)
+            sums += sum(masks)
         return sums

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from attention import full_precision
+from precision import full_precision
 
 
 class Stack(NamedTuple):
@@ -117,12 +117,12 @@ class HungarianMatcher(nn.Module):
         """
         costs = self.costs(stacks, targets)
         values = torch.cat([cost.flatten() for cost in costs]).nan_to_num(1e30, 1e30, 1e30).cpu()
-        counts, found = [len(t["labels"]) for t in targets], []
-        for cost, part in zip(costs, values.split([cost.numel() for cost in costs]), strict=True):
-            layers = []
-            for layer in part.view(cost.shape).numpy():
-                pairs = [linear_sum_assignment(layer[b, :, :n]) for b, n in enumerate(counts)]
-                pairs = [(0 * q + b, q, i + sum(counts[:b])) for b, (q, i) in enumerate(pairs)]
-                layers.append(np.concatenate(pairs, 1))
-            found.append(torch.from_numpy(np.stack(layers, 1)))
-        return found
+        counts = [len(t["labels"]) for t in targets]
+
+        def pairs(layer):
+            found = [linear_sum_assignment(layer[b, :, :n]) for b, n in enumerate(counts)]
+            return np.concatenate([(0 * q + b, q, i + sum(counts[:b])) for b, (q, i) in enumerate(found)], 1)
+
+        parts = zip(values.split([cost.numel() for cost in costs]), costs, strict=True)
+        parts = (part.view(cost.shape).numpy() for part, cost in parts)
+        return [torch.from_numpy(np.stack([pairs(layer) for layer in part], 1)) for part in parts]
