@@ -40,7 +40,8 @@ def select(tokens, class_logits, k):
     """
     scores = class_logits.amax(-1)
     if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK takes the earlier of equal ones
-        indices = scores.topk(min(k, scores.shape[1]), dim=1).indices
+        # Not min(k, S): of it torch.export makes a symbol, and so of every size that follows.
+        indices = scores.topk(k if scores.shape[1] >= k else scores.shape[1], dim=1).indices
     else:
         indices = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return gather_tokens(tokens, indices), indices

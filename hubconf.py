@@ -74,7 +74,7 @@ def _entry(preset):
             if found != expected and name not in overrides:
                 reason = f"is no {preset}, its {name} is {found}, not {expected}"
                 raise ValueError(f"{checkpoint}: {reason}; load another entry")
-        model.classes, model.masks = None if classes is None else list(classes), _decoder.masks
+        model.classes, model.masks = None if classes is None else list(map(str, classes)), _decoder.masks
         return model
 
     build.__doc__ = f"""{"DI-MaskDINO" if config.di else "Mask DINO"}, as a torch.nn.Module in evaluation mode.
@@ -118,7 +118,7 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
         else:
             model, content = _checkpoint.load_model(checkpoint)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.classes = model.to(auto if device == "auto" else device), list(content["classes"])
+        self.model, self.classes = model.to(auto if device == "auto" else device), list(map(str, content["classes"]))
         self.settings = device, score_threshold, max_detections
 
     def __call__(self, image):

@@ -262,7 +262,7 @@ def predict(entry, find, layers, checkpoint, overlay, say):
     done = {"width": image.shape[2], "height": image.shape[1], "overlay": overlay.name}
     done["detections"] = counts if len(layers) > 1 else counts[0]
     results = [coco_results(detections, entry["id"], category_ids) for detections in found]
-    names = dict(zip(category_ids, classes, strict=True))
+    names = dict(zip(category_ids, map(str, classes), strict=True))
     more = [[r | {"file_name": path, "category": names[r["category_id"]]} for r in layer] for layer in results]
     return [done, *more]
 
