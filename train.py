@@ -301,6 +301,8 @@ class Trainer:
             if place:
                 distributed.warn(place)
             raise
+        finally:
+            self.batches.close()  # and with them the processes that load them
         if stopped:
             distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 

@@ -39,6 +39,8 @@ def run_child(function, arguments, environment, output):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    for process in multiprocessing.active_children():  # as at the end of a program; os._exit leaves them
+        process.kill()
     os._exit(status)
 
 

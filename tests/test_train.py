@@ -1,5 +1,6 @@
 """train.py: schedules, sampling, gradients over batches and processes, exact resume, failures, what it says."""
 
+import contextlib
 import json
 import math
 import os
@@ -376,13 +377,20 @@ def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path
 def test_the_second_signal_ends_it_at_once(workers, shapes, tmp_path):
     """While it waits for a file that does not come, as on a disk behind a network."""
     shutil.copytree(shapes, tmp_path / "shapes")
-    for path in (tmp_path / "shapes/images/train2017").iterdir():
+    files, opened = sorted((tmp_path / "shapes/images/train2017").iterdir()), []
+    for path in files:
         path.unlink()
         os.mkfifo(path)
+
+    def reads():
+        for path in files:
+            with contextlib.suppress(OSError):  # nobody reads this one
+                opened.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(opened)
+
     flags = ["--data-root", tmp_path / "shapes", *SMALL, "--no-eval", "--workers", workers]
     process = program("train", *flags, "--output", tmp_path / "out", output=tmp_path / "train")
-    process.until((tmp_path / "out/log.jsonl").exists)
-    time.sleep(0.5)
+    process.until(reads)
     process.signal(signal.SIGINT)
     process.until(lambda: "a second signal ends it" in process.err)
     process.signal(signal.SIGINT)  # as torchrun and `timeout` do, which send one twice
