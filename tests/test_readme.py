@@ -99,6 +99,8 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_name_is_in_its_file():
+    rooms = {path.name for path in ROOT.glob("*.py")}
+    assert rooms <= set(re.findall(r"\]\((\w+\.py)\)", TEXT[ROOT / "README.md"])), "README.md names every file"
     for page in PAGES:
         for file in set(re.findall(r"\b[\w/]+\.py\b", TEXT[page])):
             assert (ROOT / file).is_file() or (ROOT / "tests" / file).is_file(), f"{page.name}: {file}"
