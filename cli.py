@@ -10,17 +10,19 @@ import sys
 import time
 import uuid
 import warnings
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from backbone import Swin
-from config import InputError
+from config import PRESETS, Config, InputError
 from data import CocoInstances
 from distributed import process_rank, warn
 from formats.bdd100k import bdd100k_paths, read_bdd100k
@@ -43,6 +45,35 @@ def add_data_arguments(parser):
         add(f"--{split}-images", metavar="DIR", help=f"folder {instead}")
     workers = "processes that load the data (default: half the cores, at most 4)"
     add("--workers", type=count, default=min(4, (os.cpu_count() or 2) // 2), help=workers)
+
+
+def add_config_arguments(parser):
+    """A flag for every setting but num_classes: --name VALUE; --name and --no-name; --name A B; or --name N,N,..."""
+    add = parser.add_argument_group("settings of model, losses and images; the default is the preset's").add_argument
+    for entry in fields(Config)[1:]:
+        flag, kind, help_text = "--" + entry.name.replace("_", "-"), entry.type, entry.metadata["help"]
+        if kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        elif get_origin(kind) is Literal:
+            add(flag, choices=get_args(kind), help=help_text)
+        elif get_origin(kind) is tuple and get_args(kind)[1] is ...:
+            add(flag, type=comma_separated, metavar="N,...", help=help_text)
+        elif get_origin(kind) is tuple:
+            add(flag, type=get_args(kind)[0], nargs=2, metavar="N", help=help_text)
+        else:
+            add(flag, type=get_args(kind)[0] if get_args(kind) else kind, metavar="N", help=help_text)
+
+
+def comma_separated(text):
+    """An argparse type: integers, "600,300" -> (600, 300)."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def config_from(args):
+    """The Config of the preset `args.preset` with the flags of `add_config_arguments` that are given."""
+    given = {entry.name: getattr(args, entry.name) for entry in fields(Config)[1:]}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return replace(PRESETS[args.preset], **given)
 
 
 def count(text):

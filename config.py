@@ -1,7 +1,6 @@
-"""Every setting of model, losses and images: the dataclass, its presets, and the flags that set them."""
+"""Every setting of model, losses and images: the dataclass and its presets."""
 
-import argparse
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin
 
 
@@ -123,32 +122,3 @@ PRESETS = {
         train_size=64, train_scale=(0.8, 1.25), test_size=(64, 128),
     ),
 }  # fmt: skip
-
-
-def add_config_arguments(parser):
-    """A flag for every setting but num_classes: --name VALUE; --name and --no-name; --name A B; or --name N,N,..."""
-    add = parser.add_argument_group("settings of model, losses and images; the default is the preset's").add_argument
-    for entry in fields(Config)[1:]:
-        flag, kind, help_text = "--" + entry.name.replace("_", "-"), entry.type, entry.metadata["help"]
-        if kind is bool:
-            add(flag, action=argparse.BooleanOptionalAction, help=help_text)
-        elif get_origin(kind) is Literal:
-            add(flag, choices=get_args(kind), help=help_text)
-        elif get_origin(kind) is tuple and get_args(kind)[1] is ...:
-            add(flag, type=comma_separated, metavar="N,...", help=help_text)
-        elif get_origin(kind) is tuple:
-            add(flag, type=get_args(kind)[0], nargs=2, metavar="N", help=help_text)
-        else:
-            add(flag, type=get_args(kind)[0] if get_args(kind) else kind, metavar="N", help=help_text)
-
-
-def comma_separated(text):
-    """An argparse type: integers, "600,300" -> (600, 300)."""
-    return tuple(int(number) for number in text.split(","))
-
-
-def config_from(args):
-    """The Config of the preset `args.preset` with the flags of `add_config_arguments` that are given."""
-    given = {entry.name: getattr(args, entry.name) for entry in fields(Config)[1:]}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    return replace(PRESETS[args.preset], **given)

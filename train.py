@@ -21,7 +21,7 @@ import checkpoint
 import cli
 import distributed
 from cli import write_whole
-from config import PRESETS, InputError, add_config_arguments, config_from
+from config import PRESETS, InputError
 from data import seed_of, to_device, train_batches
 from detections import detect
 from drawing import draw_rows, save_png
@@ -79,7 +79,7 @@ def parse_arguments(argv=None):
     add("--eval-every", type=cli.positive, default=1, metavar="EPOCHS", help="so often and at the end (default: 1)")
     add("--no-eval", dest="evaluate", action="store_false", help="train without evaluation, and without its images")
     add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
-    add_config_arguments(parser)
+    cli.add_config_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -177,7 +177,7 @@ class Trainer:
 
     def __init__(self, args, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        config = config_from(args)
+        config = cli.config_from(args)
         self.open_data(config)
         config = replace(config, num_classes=len(self.train_set.classes))
         self.schedule = make_schedule(args, len(self.train_set))

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from config import PRESETS, Config, InputError, add_config_arguments, config_from
+from cli import add_config_arguments, config_from
+from config import PRESETS, Config, InputError
 
 
 def parse(*flags, preset="tiny"):

@@ -11,7 +11,8 @@ import torch
 from programs import NARROW
 
 import train
-from config import PRESETS, Config, config_from
+from cli import config_from
+from config import PRESETS, Config
 from experiments import tables
 from experiments.tables import ROWS, commands, rows, run_folder
 from losses import SetCriterion

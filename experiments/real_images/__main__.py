@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 import train
-from cli import positive, run_program
-from config import InputError, config_from
+from cli import config_from, positive, run_program
+from config import InputError
 from data import CocoInstances
 from drawing import draw_rows
 from experiments.real_images import mask_rcnn
