@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as mask_utils
-from torch.nn.functional import pad
+from torchvision.ops import clip_boxes_to_image
+from torchvision.transforms.v2.functional import pad, pil_to_tensor, resize, to_pil_image
 
 from formats.images import DECODER_ERRORS
 
@@ -29,48 +30,41 @@ def class_colour(label):
     return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, (0.95, 0.6, 0.95)[turn], (1, 1, 0.75)[turn]))
 
 
-def draw_instances(image, instances, classes, letters=None):
+def draw_instances(image, instances, classes, letters=1 / 65):
     """Instances over an image: masks as a light fill with a contour, boxes, names on a ground of the class's colour.
 
     image (3, H, W) uint8; instances {labels (n,), boxes (n, 4) xyxy in its pixels, masks (n, H, W) bool or n of COCO's
-    RLE, and for detections scores (n,), best first}; classes: names by label. Small images are enlarged so that names
-    can be read; a name for which there is no room left is not drawn, its colour tells the class. letters: their size in
-    pixels, in proportion to the image where it is None. Returns (3, H', W') uint8, the same whole multiple of H and W.
+    RLE, and for detections scores (n,), best first}; classes: names by label; letters: their size, as a part of the
+    longer side, at least 11 pixels. Small images are enlarged so that names can be read; a name for which there is no
+    room left is not drawn, its colour tells the class. Returns (3, H', W') uint8, the same whole multiple of H and W.
     """
-    factor = -(-512 // max(image.shape[1:])) if max(image.shape[1:]) < 512 else 1
-    image = image.permute(1, 2, 0).cpu().numpy().repeat(factor, 0).repeat(factor, 1)
-    canvas = Image.fromarray(np.ascontiguousarray(image))
+    factor = -(-512 // max(image.shape[1:]))
+    canvas = to_pil_image(image.cpu())
+    canvas = canvas.resize([n * factor for n in canvas.size], Image.Resampling.NEAREST)
     line = max(1, round(max(canvas.size) / 500))
     labels = instances["labels"].tolist()
-    boxes = (instances["boxes"] * factor).tolist()
-    for i in reversed(range(len(labels))):  # the best on top
-        mask = instances["masks"][i]
+    # The best is drawn last, on top of the others.
+    for label, mask in reversed(list(zip(labels, instances["masks"], strict=True))):
         mask = mask_utils.decode(mask).view(bool) if isinstance(mask, dict) else mask.cpu().numpy()
-        paste_mask(canvas, mask, factor, line, class_colour(labels[i]))
+        paste_mask(canvas, mask, factor, line, class_colour(label))
     draw = ImageDraw.Draw(canvas)
-    for label, box in reversed(list(zip(labels, boxes, strict=True))):
-        draw.rectangle(clipped(box, canvas.size), outline=class_colour(label), width=max(1, line // 2))
-    scores = (
-        [f" {score:.2f}" for score in instances["scores"].tolist()] if "scores" in instances else [""] * len(labels)
-    )
-    names = [(name + score, font) for (name, font), score in zip(lettering(classes, labels), scores, strict=True)]
-    draw_names(draw, canvas.size, names, labels, boxes, letters or max(11, round(max(canvas.size) / 65)))
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
-
-
-def clipped(box, size):
-    """The part of a box xyxy inside a picture of (width, height), as whole pixels, at least one."""
-    x0, y0, x1, y1 = (min(max(value, 0), end - 1) for value, end in zip(box, size * 2, strict=True))
-    return [round(min(x0, x1)), round(min(y0, y1)), round(max(x0, x1)), round(max(y0, y1))]
+    boxes = clip_boxes_to_image(instances["boxes"].cpu() * factor, [n - 1 for n in canvas.size[::-1]]).round().int()
+    for label, box in reversed(list(zip(labels, boxes.tolist(), strict=True))):
+        draw.rectangle(box, outline=class_colour(label), width=max(1, line // 2))
+    names = [lettering(classes[label], label) for label in labels]
+    if "scores" in instances:
+        scores = instances["scores"].tolist()
+        names = [(f"{name} {score:.2f}", font) for (name, font), score in zip(names, scores, strict=True)]
+    draw_names(canvas, names, labels, boxes.numpy(), max(11, round(max(canvas.size) * letters)))
+    return pil_to_tensor(canvas)
 
 
 def paste_mask(canvas, mask, factor, line, colour):
     """Fill a mask (H, W) bool, `factor` times enlarged, lightly, and draw a contour of at most `line` pixels in it."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    if not len(rows):
+    if not (bounds := Image.fromarray(mask).getbbox()):
         return
-    mask = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    mask = mask.repeat(factor, 0).repeat(factor, 1)
+    x0, y0, x1, y1 = bounds
+    mask = mask[y0:y1, x0:x1].repeat(factor, 0).repeat(factor, 1)
     height, width = mask.shape
     line = max(1, min(line, min(height, width) // 12))  # of a small object something else remains to be seen
     padded, inner = np.pad(mask, line), mask.copy()
@@ -78,33 +72,27 @@ def paste_mask(canvas, mask, factor, line, colour):
         for y, x in ((line - step, line), (line + step, line), (line, line - step), (line, line + step)):
             inner &= padded[y : y + height, x : x + width]
     opacity = np.where(inner, np.uint8(FILL), mask * np.uint8(255))
-    canvas.paste(colour, (columns[0].item() * factor, rows[0].item() * factor), Image.fromarray(opacity))
-
-
-def lettering(classes, labels):
-    """[(what is written for a label, the file of a font that has its letters or None for Pillow's own)] of labels.
-
-    It is the name in one line; where that is empty, or no font of the system has all its letters, the class's number.
-    """
-    names = [unicodedata.normalize("NFC", str(classes[label])) for label in labels]
-    names = ["".join(filter(str.isprintable, " ".join(name.split()))) for name in names]
-    fonts = [font_with(name) if name else "" for name in names]
-    shown = zip(names, fonts, labels, strict=True)
-    return [(f"class {label}", None) if font == "" else (name, font) for name, font, label in shown]
+    canvas.paste(colour, (x0 * factor, y0 * factor), Image.fromarray(opacity))
 
 
 @cache
-def font_with(name):
-    """The file of a font with the letters of a name and digits; None for Pillow's own, "" where there is none."""
-    for path in (None, *system_fonts()):
+def lettering(name, label):
+    """What is written for a class, and the file of a font that has its letters and digits (None: Pillow's own).
+
+    It is the name in one line; where that is empty, or no font of the system has all its letters, the class's number.
+    """
+    name = unicodedata.normalize("NFC", str(name))
+    name = "".join(filter(str.isprintable, " ".join(name.split())))
+    for path in (None, *system_fonts()) if name else ():
         with contextlib.suppress(OSError):  # it is not there, or has bitmaps of one size
             font = load_font(path, 16)
             shapes = [font.getmask(letter) for letter in "\uffff0123456789." + name if letter != " "]
             missing, *shapes = [(shape.size, bytes(shape)) for shape in shapes]  # \uffff is no letter in any font
             if missing not in shapes:
-                return path and font.path
-    warnings.warn(f"no font of this system has the letters of {name}; pictures show the class's number", stacklevel=2)
-    return ""
+                return name, path and font.path
+    if name:
+        warnings.warn(f"no font of this system has the letters of {name}; pictures show its number", stacklevel=2)
+    return f"class {label}", None
 
 
 @cache
@@ -125,25 +113,22 @@ def load_font(path, size):
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-def draw_names(draw, size, names, labels, boxes, letters):
+def draw_names(canvas, names, labels, boxes, letters):
     """Names in letters that contrast with their ground, the first ones first; none over another or over an object."""
-    width, height = size
-    boxes = np.array([clipped(box, size) for box in boxes]).reshape(-1, 4)
-    taken = np.zeros((0, 4))
+    draw, taken = ImageDraw.Draw(canvas), np.zeros((0, 4))
     for i, ((name, path), label, (x0, y0, x1, y1)) in enumerate(zip(names, labels, boxes.tolist(), strict=True)):
         font = load_font(path, letters)
         left, top, right, bottom = draw.textbbox((0, 0), name, font=font)
         w, h = right + left, bottom + top  # the same margin on all sides
-        # Above the box, inside it, below it, at its right end above and inside.
+        # Above the box, inside it, below it, at its right end above, inside and below.
         for x, y in ((x0, y0 - h), (x0, y0), (x0, y1), (x1 - w, y0 - h), (x1 - w, y0), (x1 - w, y1)):
-            x, y = max(0, min(x, width - w)), max(0, min(y, height - h))
+            x, y = max(0, min(x, canvas.width - w)), max(0, min(y, canvas.height - h))
             place = (x, y, x + w, y + h)
             if (covered(place, taken) > 0).any() or (covered(place, np.delete(boxes, i, 0)) > 0.5).any():
                 continue
             taken = np.vstack([taken, place])
-            colour = class_colour(label)
-            bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140
-            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
+            bright = np.dot(class_colour(label), (0.299, 0.587, 0.114)) > 140
+            draw.rectangle((x, y, x + w - 1, y + h - 1), fill=class_colour(label))
             draw.text((x, y), name, fill="black" if bright else "white", font=font)
             break
 
@@ -156,45 +141,37 @@ def covered(place, boxes):
 
 def side_by_side(pictures, titles):
     """Pictures (3, H, W) uint8 of one size beside each other, a title above each. Returns (3, H', W') uint8."""
-    columns = []
+    columns, (_, height, width) = [], pictures[0].shape
+    letters, gap = max(11, round(max(height, width) / 40)), max(4, width // 100)
     for picture, title in zip(pictures, titles, strict=True):
-        width = picture.shape[2]
-        size = max(11, round(max(picture.shape) / 40))
-        strip = Image.new("RGB", (width, 2 * size), "white")
-        ImageDraw.Draw(strip).text((width / 2, size), title, "black", ImageFont.load_default(size), anchor="mm")
-        column = torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), picture], 1)
-        columns += [column, column.new_full((3, column.shape[1], max(4, width // 100)), 255)]
-    return torch.cat(columns[:-1], 2)
+        strip = Image.new("RGB", (width, 2 * letters), "white")
+        ImageDraw.Draw(strip).text((width / 2, letters), title, "black", load_font(None, letters), anchor="mm")
+        columns.append(pad(torch.cat([pil_to_tensor(strip), picture], 1), [0, 0, gap, 0], fill=255))
+    return torch.cat(columns, 2)[..., :-gap]
 
 
 def draw_rows(columns, height=512):
     """Pictures in aligned rows of one height, with names that can be read.
 
     columns: a list of columns, each a list with (image, instances, classes) for every row, of images of one size: what
-    `draw_instances` takes, the masks as a tensor. An image more than four times as wide as high becomes less high.
+    `draw_instances` takes. An image more than three times as wide as high becomes less high.
     Returns (3, H', W') uint8.
     """
-    rows = [[] for _ in columns[0]]
+    drawn = []
     for column in columns:
-        for row, (image, instances, classes) in zip(rows, column, strict=True):
-            old = image.shape[1:]
-            scale = min(height / old[0], 3 * height / old[1])
-            new = [max(1, round(scale * n)) for n in old]
-            kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-            image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(new[::-1], kind)
-            y, x = (((torch.arange(n) + 0.5) * before / n).long() for n, before in zip(new, old, strict=True))
-            boxes = instances["boxes"].cpu() * torch.tensor([new[1] / old[1], new[0] / old[0]] * 2)
-            resized = instances | {"boxes": boxes, "masks": instances["masks"].cpu()[:, y][:, :, x]}
-            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            row.append(pad(draw_instances(image, resized, classes, 20), (0, 4, 0, height + 4 - new[0]), value=255))
-    return torch.cat([torch.cat(row, 2) for row in rows], 1)
+        old = column[0][0].shape[1:]
+        scale = min(height / old[0], 3 * height / old[1])
+        new = [max(1, round(scale * n)) for n in old]
+        pictures = [resize(draw_instances(*row, 20 / max(new)), new) for row in column]
+        drawn.append(torch.cat([pad(x, [0, 0, 4, height + 4 - new[0]], fill=255) for x in pictures], 1))
+    return torch.cat(drawn, 2)
 
 
 def save_png(image, path):
     """Write a (3, H, W) uint8 image as PNG, with a mark by which `is_drawing` knows it."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="PNG", compress_level=3, pnginfo=mark)
+    to_pil_image(image).save(path, format="PNG", compress_level=3, pnginfo=mark)
 
 
 def is_drawing(path):
@@ -224,51 +201,44 @@ def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
     axes.margins(y=0.15)
 
 
-def draw_classes(axes, classes):
-    """Draw horizontal bars of box AP and mask AP per class, the best class at the top, as of `average_precision`.
+def save_layers(scores, path):
+    """PNG of the bars of `draw_layers` for scores with "layers"; a line on stderr without matplotlib."""
+    if axes := new_axes(path, 1.5 + 0.8 * len(scores["layers"]), 3.5):
+        draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
+        axes.set_ylabel("AP (numbers: box - mask)")
+        axes.legend(loc="upper left")
+        axes.figure.savefig(path, dpi=150)
 
-    Classes without an instance stand at the bottom, without bars.
+
+def save_classes(scores, path):
+    """PNG of bars of box AP and mask AP per class, for scores with "classes"; a line on stderr without matplotlib.
+
+    The best class is at the top; those without an instance stand at the bottom, without bars.
     """
-    values = {kind: [np.nan if entry[kind] is None else entry[kind] for entry in classes] for kind in ("box", "mask")}
-    order = np.argsort(np.nan_to_num(np.add(values["box"], values["mask"]), nan=-1), kind="stable")
-    for kind, offset, colour in (("box", 0.2, "tab:orange"), ("mask", -0.2, "tab:blue")):
-        axes.barh(np.arange(len(order)) + offset, np.take(values[kind], order), 0.38, label=f"{kind} AP", color=colour)
-    names = lettering([entry["name"] for entry in classes], order.tolist())
-    axes.set_yticks(range(len(order)), [name for name, _ in names], fontsize=8, parse_math=False)
-    for tick, (_, path) in zip(axes.get_yticklabels(), names, strict=True):
-        if path:
-            tick.set(font=Path(path), fontsize=8)
+    classes = scores["classes"]
+    if not (axes := new_axes(path, 6, 1 + 0.2 * len(classes))):
+        return
+    box, mask = (np.array([entry[kind] for entry in classes], dtype=float) for kind in ("box", "mask"))
+    order = np.argsort(np.nan_to_num(box + mask, nan=-1), kind="stable")
+    axes.barh(np.arange(len(order)) + 0.2, box[order], 0.38, label="box AP", color="tab:orange")
+    axes.barh(np.arange(len(order)) - 0.2, mask[order], 0.38, label="mask AP", color="tab:blue")
+    names, fonts = zip(*(lettering(classes[i]["name"], i) for i in order.tolist()), strict=True)
+    axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
+    for tick, font in zip(axes.get_yticklabels(), fonts, strict=True):
+        tick.set(font=font and Path(font), fontsize=8)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("AP")
     axes.grid(axis="x", linewidth=0.5)
     axes.set_axisbelow(True)
+    axes.figure.legend(loc="outside upper center", ncols=2)
+    axes.figure.savefig(path, dpi=min(150, 60_000 / axes.figure.get_figheight()))  # matplotlib's most are 65,535 rows
 
 
-def new_figure(path, width, height):
-    """A matplotlib figure of that many inches and its axes; a line on stderr and None for both without matplotlib."""
+def new_axes(path, width, height):
+    """Axes in a matplotlib figure of that many inches, for a picture there; without matplotlib a line, and None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path}: not drawn, as matplotlib is not installed; python -m pip install matplotlib", file=sys.stderr)
-        return None, None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def save_layers(scores, path):
-    """PNG of the bars of `draw_layers` for scores with "layers"; a line on stderr without matplotlib."""
-    figure, axes = new_figure(path, 1.5 + 0.8 * len(scores["layers"]), 3.5)
-    if figure:
-        draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
-        axes.set_ylabel("AP (numbers: box - mask)")
-        axes.legend(loc="upper left")
-        figure.savefig(path, dpi=150)
-
-
-def save_classes(scores, path):
-    """PNG of the bars of `draw_classes` for scores with "classes"; a line on stderr without matplotlib."""
-    figure, axes = new_figure(path, 6, 1 + 0.2 * len(scores["classes"]))
-    if figure:
-        draw_classes(axes, scores["classes"])
-        figure.legend(loc="outside upper center", ncols=2)
-        figure.savefig(path, dpi=min(150, 60_000 / figure.get_figheight()))  # matplotlib draws no more than 65,535 rows
+        return None
+    return Figure(figsize=(width, height), layout="constrained").subplots()

@@ -90,14 +90,14 @@ def dejavu(monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     monkeypatch.setattr(drawing, "system_fonts", lambda: ["none.ttf", str(path)])
-    drawing.font_with.cache_clear()
+    lettering.cache_clear()
     yield str(path)
-    drawing.font_with.cache_clear()
+    lettering.cache_clear()
 
 
 def test_a_name_is_written_in_a_font_that_has_its_letters_or_else_as_a_number(dejavu, tmp_path):
     with pytest.warns(UserWarning, match="no font of this system has the letters of ") as warned:
-        shown = lettering(ANY_SCRIPT, range(len(ANY_SCRIPT)))
+        shown = [lettering(name, label) for label, name in enumerate(ANY_SCRIPT)]
     assert [text for text, _ in shown] == [
         "kind", "class 1", "class 2", "7", "a b", "é", "é", "Ключ", "class 8", "class 9", "class 10", "class 11"
     ]  # fmt: skip
