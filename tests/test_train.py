@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import toys
 from PIL import Image
-from programs import NARROW, SMALL, TRAINING, Process, assert_same_run, checkpoint, group, log, program
+from programs import SMALL, TRAINING, Process, assert_same_run, checkpoint, group, log, program
 from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 
@@ -252,15 +252,12 @@ def test_a_part_without_instances(shapes, fixed_points, no_ties):
 
 def untrained_scores(shapes):
     """Of every layer of an untrained model, by this process's share of the images."""
-    torch.manual_seed(0)
     dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
-    model = build_model("tiny", backbone=NARROW)
-    return evaluate(model, dataset, per_layer=True, batch_size=1)
+    return evaluate(toys.model(), dataset, per_layer=True, batch_size=1)
 
 
 def part_of_two(rank, shapes, output):
     """What one of two processes makes of its share of several steps."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     images, targets = samples(shapes)
     share = lambda first, targets: (images[first + rank : first + 4 : 2], targets[first + rank : first + 4 : 2])  # noqa: E731
@@ -319,7 +316,6 @@ def killed_run(flags, moment, writes):
     """train.py in a process that kills itself: after so many seconds, or half-way through its checkpoint `writes`, and
     in any case at the second: no attempt gets farther, so that ten do not reach the end.
     """
-    torch.set_num_threads(1)
     save, count = torch.save, 0
 
     def counted_save(content, file):
