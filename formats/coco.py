@@ -8,10 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from difflib import get_close_matches
 from functools import cache
-from heapq import nlargest
-from itertools import count, islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,22 +30,21 @@ def coco_paths(root, split):
     its images.
     """
     root = Path(root)
-    names = [f"instances_{split}2017.json"]
-    if split == "test":
-        names += ["image_info_test-dev2017.json", "image_info_test2017.json"]
-    coco = [path for name in names if (path := root / "annotations" / name).is_file()]
+    names = [f"annotations/instances_{split}2017.json"]
+    names += [f"annotations/image_info_{name}2017.json" for name in ("test-dev", "test") if split == "test"]
+    coco = list(filter(Path.is_file, map(root.joinpath, names)))
     roboflow = root / {"val": "valid"}.get(split, split) / "_annotations.coco.json"
     if coco and roboflow.is_file():
         raise DataError(f"{root}: has both {coco[0]} and {roboflow}; remove one, or name the files with flags")
     if roboflow.is_file():
         return roboflow, roboflow.parent
     if not coco:
-        raise DataError(f"{root}: has neither annotations/{' nor annotations/'.join(names)} (COCO's layout) nor"
-                        f" {roboflow.relative_to(root)} (Roboflow's); check the data root")  # fmt: skip
+        expected = f"{' nor '.join(names)} (COCO's layout) nor {roboflow.relative_to(root)} (Roboflow's)"
+        raise DataError(f"{root}: has neither {expected}; check the data root")
     folders = root / f"{split}2017", root / "images" / f"{split}2017"
-    if not any(map(Path.is_dir, folders)):
-        raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
-    return coco[0], next(filter(Path.is_dir, folders))
+    for folder in filter(Path.is_dir, folders):
+        return coco[0], folder
+    raise DataError(f"{root}: neither {folders[0]} nor {folders[1]} is a folder; put the {split} images there")
 
 
 def match_classes(trained, classes):
@@ -56,10 +52,9 @@ def match_classes(trained, classes):
 
     Raises DataError, naming them, for classes of the data set that the model does not know.
     """
-    unknown = [name for name in classes if name not in trained]
-    if unknown:
-        raise DataError(f"the data set has the classes {_list(unknown)}, but the model was trained for"
-                        f" {_list(trained)}; rename them or give the data set that fits")  # fmt: skip
+    if unknown := [name for name in classes if name not in trained]:
+        known = f"but the model was trained for {_list(trained)}; rename them or give the data set that fits"
+        raise DataError(f"the data set has the classes {_list(unknown)}, {known}")
     return [trained.index(name) for name in classes]
 
 
@@ -111,10 +106,9 @@ def read_annotations(annotation_file, image_dir, need_annotations=True):
         dataset = _load(annotation_file, need_annotations)
         for note in _normalise(dataset, image_dir, need_annotations):
             warnings.warn(f"{annotation_file}: {note}", stacklevel=2)
-    except RecursionError:
-        raise DataError(f"{annotation_file}: is nested too deeply; give a COCO annotation file") from None
-    except DataError as error:
-        raise DataError(f"{annotation_file}: {error}") from None
+    except (DataError, RecursionError) as error:
+        why = error if isinstance(error, DataError) else "is nested too deeply; give a COCO annotation file"
+        raise DataError(f"{annotation_file}: {why}") from None
     finally:
         if collecting:
             gc.enable()
@@ -122,7 +116,7 @@ def read_annotations(annotation_file, image_dir, need_annotations=True):
 
 
 def _load(annotation_file, need_annotations):
-    """The dictionary of an annotation file, of which the three lists are there."""
+    """The dictionary of an annotation file, in which the three tables are lists of dictionaries."""
     try:
         dataset = json.loads(Path(annotation_file).read_bytes())
     except OSError as error:
@@ -133,8 +127,8 @@ def _load(annotation_file, need_annotations):
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     kind = next((kind for field, kind in OTHER_KINDS.items() if entries and field in entries[0]), None)
     if kind and (listed is dataset or not any(entry.get("segmentation") for entry in entries)):
-        raise DataError(f"holds {kind}, expected instances: images, categories, and annotations with a segmentation;"
-                        " give such a file")  # fmt: skip
+        expected = "expected instances: images, categories, and annotations with a segmentation; give such a file"
+        raise DataError(f"holds {kind}, {expected}")
     if not isinstance(dataset, dict):
         raise DataError(f"is not in COCO format ({short(dataset)}, expected an object); give a COCO annotation file")
     if not need_annotations:
@@ -142,8 +136,8 @@ def _load(annotation_file, need_annotations):
     for key in ("images", "categories", "annotations"):
         entries = dataset.get(key)
         if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
-            raise DataError(f"is not in COCO format ({key!r} is {short(entries)}, expected a list of objects); give a"
-                            " COCO annotation file")  # fmt: skip
+            why = f"{key!r} is {short(entries)}, expected a list of objects"
+            raise DataError(f"is not in COCO format ({why}); give a COCO annotation file")
         if not entries and (need_annotations or key != "annotations"):
             raise DataError(f"the data set is empty (no {key}); give a file with some")
     return dataset
@@ -162,13 +156,15 @@ def _normalise(dataset, image_dir, need_annotations):
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     sizes[None] = math.inf, math.inf  # of an annotation whose image is unknown
 
-    annotations = dataset["annotations"]
-    faults = _refer(annotations, "image_id", image_ids, STRANGE)
-    faults += _refer(annotations, "category_id", category_ids, REFUSED) + _check_numbers(annotations)
+    annotations, faults = dataset["annotations"], {}  # (kind, index of the annotation): why
+    _refer(annotations, "image_id", image_ids, STRANGE, faults)
+    _refer(annotations, "category_id", category_ids, REFUSED, faults)
+    _check_numbers(annotations, faults)
     for start in range(0, len(annotations), 2_000):
-        faults += check_segmentations(annotations[start : start + 2_000], sizes)
+        for (kind, index), why in check_segmentations(annotations[start : start + 2_000], sizes).items():
+            faults.setdefault((kind, start + index), why)
     useless = _report(annotations, faults, notes)
-    dataset["annotations"] = annotations = [a for a in annotations if id(a) not in useless] if useless else annotations
+    dataset["annotations"] = annotations = [a for index, a in enumerate(annotations) if index not in useless]
     if need_annotations and not annotations:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
     if annotations and all(max(annotation["bbox"]) <= 1 for annotation in annotations):
@@ -182,25 +178,19 @@ def _normalise(dataset, image_dir, need_annotations):
 
 
 def _report(annotations, faults, notes):
-    """Note the faults, of each annotation the one of the first kind; returns the id() of what is to be left out.
-
-    Raises DataError where one is REFUSED.
-    """
-    # The last of the sorted ones stays: the first of the first kind.
-    worst = {id(fault[1]): fault for fault in sorted(faults[::-1], key=lambda fault: -fault[0])}
-    places = {id(annotation): place for place, annotation in enumerate(annotations)} if worst else {}
+    """Note the faults, of each annotation the first kind; DataError if REFUSED. Returns the indices to leave out."""
+    worst = {}  # index: (kind, why)
+    for (kind, index), why in sorted(faults.items()):
+        worst.setdefault(index, (kind, why))
     for kind in (REFUSED, *NOTES):
-        found = [(annotation, why) for other, annotation, why in worst.values() if other == kind]
-        if not found:
+        if not (found := sorted(index for index, fault in worst.items() if fault[0] == kind)):
             continue
-        annotation, why = min(found, key=lambda pair: places[id(pair[0])])
-        place = f"without id, entry {places[id(annotation)]} of 'annotations'"
-        name = short(annotation["id"]) if "id" in annotation else place
+        first, why = annotations[found[0]], worst[found[0]][1]
+        name = short(first["id"]) if "id" in first else f"without id, entry {found[0]} of 'annotations'"
         if kind == REFUSED:
-            more = _more(found, "annotations with faults")
-            raise DataError(f"annotation {name}: {why}{more}; correct or remove it")
+            raise DataError(f"annotation {name}: {why}{_more(found, 'annotations with faults')}; correct or remove it")
         notes.append(f"{len(found)} {NOTES[kind]}; the first is annotation {name}: {why}")
-    return {key for key, (kind, *_) in worst.items() if kind in (STRANGE, LEFT_OUT)}
+    return {index for index, (kind, _) in worst.items() if kind in (STRANGE, LEFT_OUT)}
 
 
 def _more(faults, what):
@@ -208,7 +198,7 @@ def _more(faults, what):
 
 
 def _list(values):
-    return ", ".join(map(repr, islice(values, 10))) + (", ..." if len(values) > 10 else "")
+    return ", ".join(map(repr, list(values)[:10])) + (", ..." if len(values) > 10 else "")
 
 
 # --- ids, names, sizes, flags
@@ -237,61 +227,56 @@ def _unique_ids(dataset, table, fields, notes):
     entries, copies = {}, []
     for index, entry in enumerate(dataset[table]):
         if (key := _key(entry.get("id"))) is None:
-            raise DataError(f"entry {index} of {table!r} has id {short(entry.get('id'))}, expected an integer or a"
-                            " text; correct the file")  # fmt: skip
-        first = entries.setdefault(key, entry)
-        if first is not entry:
-            copies.append(key)
-            for field in fields:
-                if first.get(field) != entry.get(field):
-                    raise DataError(f"id {key!r} occurs twice in {table!r}, with {field} {short(first.get(field))} and"
-                                    f" {short(entry.get(field))}; make the ids unique")  # fmt: skip
+            why = f"has id {short(entry.get('id'))}, expected an integer or a text; correct the file"
+            raise DataError(f"entry {index} of {table!r} {why}")
+        if (first := entries.setdefault(key, entry)) is entry:
+            continue
+        copies.append(key)
+        if differ := [field for field in fields if first.get(field) != entry.get(field)]:
+            values = " and ".join(short(one.get(differ[0])) for one in (first, entry))
+            raise DataError(f"id {key!r} occurs twice in {table!r}, with {differ[0]} {values}; make the ids unique")
     if copies:
         notes.append(f"{len(copies)} of the {table} come twice and are taken once; the first has id {copies[0]!r}")
     dataset[table] = list(entries.values())
     meanings = Counter(map(_integer, entries))
     # pycocotools sorts ids by NumPy, which makes texts of numbers among texts and floats of large ones.
     keep = None not in meanings and len(meanings) == len(entries) and max(map(abs, meanings)) < 2**53
-    ids = dict(zip(entries, map(_integer, entries) if keep else count(1), strict=False))
     meanings.pop(None, None)
-    for key, entry in entries.items():
-        entry["file_id"], entry["id"] = entry["id"], ids[key]
+    for number, (key, entry) in enumerate(entries.items(), start=1):
+        entry["file_id"], entry["id"] = entry["id"], _integer(key) if keep else number
+    ids = {key: entry["id"] for key, entry in entries.items()}
     return ids, {_integer(key): number for key, number in ids.items() if meanings[_integer(key)] == 1}
 
 
-def _refer(annotations, field, ids, unknown):
-    """Put the ids of `_unique_ids` into a field, None where it has none; returns [(kind, annotation, why)] for these.
-
-    unknown: the kind where the id is none of the table's; REFUSED where it is no id at all.
-    """
+def _refer(annotations, field, ids, unknown, faults):
+    """Put the ids of `_unique_ids` into a field, None with a fault of kind `unknown` where there is none."""
     values = [annotation.get(field) for annotation in annotations]
     if set(map(type, values)) == {int} and all(ids[0].get(value) == value for value in set(values)):
-        return []
-    faults = []
-    for annotation, value in zip(annotations, values, strict=True):
+        return
+    for index, value in enumerate(values):
         key, what = _key(value), f"{field.replace('_', ' ')} {short(value)}, expected"
-        annotation[field] = ids[0].get(key, ids[1].get(_integer(value)))
+        annotations[index][field] = number = ids[0].get(key, ids[1].get(_integer(value)))
         if key is None:
-            faults.append((REFUSED, annotation, f"{what} an integer or a text"))
-        elif annotation[field] is None:
-            faults.append((unknown, annotation, f"unknown {what} one of {_list(ids[0])}"))
-    return faults
+            faults.setdefault((REFUSED, index), f"{what} an integer or a text")
+        elif number is None:
+            faults.setdefault((unknown, index), f"unknown {what} one of {_list(ids[0])}")
 
 
 def _unique_names(dataset, notes):
     """Drop categories without annotations that have the name of another, as Roboflow's placeholder 0 often has."""
     used = {annotation["category_id"] for annotation in dataset["annotations"]}
-    names = {}
-    for category in sorted(dataset["categories"], key=lambda category: category["id"] in used):  # so that these stay
-        other = names.get(category["name"])
-        if other and other["id"] in used:
-            raise DataError(f"categories {other['file_id']!r} and {category['file_id']!r} both have the name"
-                            f" {category['name']!r}; rename one, or give their annotations one id")  # fmt: skip
-        names[category["name"]] = category
-    dropped = [category for category in dataset["categories"] if names[category["name"]] is not category]
+    names, dropped = {}, []
+    for category in sorted(dataset["categories"], key=lambda category: category["id"] not in used):
+        file_id, name = category["file_id"], category["name"]
+        if (first := names.setdefault(name, category)) is category:
+            continue
+        if category["id"] in used:
+            both = f"categories {first['file_id']!r} and {file_id!r} both have the name {name!r}"
+            raise DataError(f"{both}; rename one, or give their annotations one id")
+        dropped.append(f"category {file_id!r}: {name!r}")
     if dropped:
-        notes.append(f"{len(dropped)} categories without annotations, of the same name as another, left out; the first"
-                     f" is category {dropped[0]['file_id']!r}: {dropped[0]['name']!r}")  # fmt: skip
+        what = "categories without annotations, of the same name as another, left out"
+        notes.append(f"{len(dropped)} {what}; the first is {dropped[0]}")
         dataset["categories"] = list(names.values())
 
 
@@ -305,19 +290,18 @@ def _pixels(image, field):
     return number
 
 
-def _check_numbers(annotations):
-    """Bring iscrowd into one form, and area, to None what is no number of pixels; returns [(kind, annotation, why)]."""
-    faults = []
-    for annotation in annotations:
+def _check_numbers(annotations, faults):
+    """Bring iscrowd into one form, and area, to None what is no number of pixels."""
+    for index, annotation in enumerate(annotations):
+        flags = annotation.get("iscrowd"), annotation.get("ignore")
         try:
-            annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
+            annotation["iscrowd"] = FLAGS[flags[0]] | FLAGS[flags[1]]
         except (KeyError, TypeError):
-            flags = f"iscrowd {short(annotation.get('iscrowd'))}, ignore {short(annotation.get('ignore'))}"
-            faults.append((REFUSED, annotation, f"{flags}, expected 0 or 1"))
+            why = f"iscrowd {short(flags[0])}, ignore {short(flags[1])}, expected 0 or 1"
+            faults.setdefault((REFUSED, index), why)
         area = annotation.get("area")
         if type(area) not in (int, float) or not 0 < area < 1e15:
             annotation["area"] = None
-    return faults
 
 
 # --- image files
@@ -336,9 +320,8 @@ def _find_files(images, image_dir, notes):
     for image in images:
         given = image.get("file_name") or image.get("coco_url")
         if not isinstance(given, str):
-            raise DataError(
-                f"image {short(image['file_id'])} has file_name {short(given)}, expected the name of an image file"
-            )
+            why = f"has file_name {short(given)}, expected the name of an image file"
+            raise DataError(f"image {short(image['file_id'])} {why}")
         name = given if given in present else _find_file(given, image_dir, alike)
         if name is None:
             missing.append(given)
@@ -346,23 +329,22 @@ def _find_files(images, image_dir, notes):
         image["file_name"] = name
         size = [_pixels(image, field) for field in ("height", "width")]
         image["height"], image["width"] = image_size(os.path.join(image_dir, name), size) if None in size else size
-        if files.get(name, given) != given:
-            raise DataError(f"images {files[name]!r} and {given!r} would both be {name!r} in {image_dir}; give the"
-                            " folder that has them all")  # fmt: skip
         again += [name] if name in files else []
-        files[name] = given
+        if (other := files.setdefault(name, given)) != given:
+            advice = "give the folder that has them all"
+            raise DataError(f"images {other!r} and {given!r} would both be {name!r} in {image_dir}; {advice}")
     if missing:
-        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, the first is"
-                        f" {short(missing[0])}, {_nearest(missing[0], alike(''))}; check the image folder")  # fmt: skip
+        what = f"the first is {short(missing[0])}, {_nearest(missing[0], alike(''))}; check the image folder"
+        raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, {what}")
     if again:
         notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
 
 
 def _find_file(given, image_dir, alike):
-    """The file in the folder that a path, perhaps of another machine, means; None if there is none.
+    """The file in the folder that a path, perhaps of another machine, means, by as much of its end as is there.
 
-    As much of the path's end as is there, in this spelling or else in one that a person takes for the same (`_plain`).
-    alike: {plain name: names} of a folder in `image_dir`. Raises DataError where two files fit.
+    In this spelling or else in one that a person takes for the same; None if there is none, DataError if several fit.
+    alike: {plain name: names} of a folder in `image_dir`.
     """
     if os.path.isfile(os.path.join(image_dir, given)):
         return given
@@ -381,12 +363,10 @@ def _find_file(given, image_dir, alike):
 
 
 def _nearest(given, names):
-    """What a message says of the name in a folder (`_by_plain_name`) that is most like the last part of a path."""
+    """What a message says of the name in a folder (`_by_plain_name`) with the most letters of a path at both ends."""
     wanted = _plain(SEPARATOR.split(given)[-1])
-    # Two steps; difflib alone takes ten seconds for COCO's folder.
     ends = lambda name: sum(len(os.path.commonprefix(pair)) for pair in ((name, wanted), (name[::-1], wanted[::-1])))  # noqa: E731
-    nearest = get_close_matches(wanted, nlargest(1000, names, ends), 1, cutoff=0)
-    return f"the nearest name there is {short(names[nearest[0]][0])}" if nearest else "the folder is empty"
+    return f"the nearest name there is {short(names[max(names, key=ends)][0])}" if names else "the folder is empty"
 
 
 def _plain(name):
@@ -397,9 +377,8 @@ def _plain(name):
 def _by_plain_name(folder):
     """The names in a folder by `_plain`; none if it is no folder."""
     names = {}
-    if os.path.isdir(folder):
-        for name in sorted(os.listdir(folder)):
-            names.setdefault(_plain(name), []).append(name)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        names.setdefault(_plain(name), []).append(name)
     return names
 
 
@@ -415,14 +394,11 @@ def encode_masks(masks):
     rles = []
     height, width = masks.shape[1:]
     for mask in masks.cpu().numpy():
-        changes = np.empty_like(mask)  # a pixel differs from the one before it, down the columns
-        np.not_equal(mask[1:], mask[:-1], out=changes[1:])
-        changes[0, 1:] = mask[0, 1:] != mask[-1, :-1]
-        changes[0, 0] = mask[0, 0]
-        rows, columns = np.divmod(np.flatnonzero(changes), width)
+        above = np.append(False, mask[-1, :-1])[None]  # of the first row: the last pixels of the columns before
+        rows, columns = np.divmod(np.flatnonzero(np.diff(mask, axis=0, prepend=above)), width)
         runs = np.diff(np.sort(columns * height + rows), prepend=0, append=height * width)
         rle = mask_utils.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
-        rles.append({"size": [height, width], "counts": rle["counts"].decode()})
+        rles.append(rle | {"counts": rle["counts"].decode()})
     return rles
 
 
@@ -434,10 +410,8 @@ def coco_results(detections, image_id, category_ids):
     """
     scores, boxes = detections["scores"].tolist(), box_convert(detections["boxes"], "xyxy", "xywh").tolist()
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-        raise InputError(
-            f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is damaged or its "
-            "training diverged; give another one"
-        )
+        raise InputError(f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is"
+                         " damaged or its training diverged; give another one")  # fmt: skip
     labels, masks = detections["labels"].tolist(), detections["masks"]
     masks = masks if isinstance(masks, list) else encode_masks(masks)
     return [

@@ -23,7 +23,7 @@ class Fault(Exception):
 
 
 def check_segmentations(annotations, sizes):
-    """Bring segmentation and bbox of some annotations into one form, in place; returns [(kind, annotation, why)].
+    """Bring segmentation and bbox of some annotations into one form, in place; returns {(kind, index): why}.
 
     sizes: {image id: (height, width)}. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height,
     those of the mask within the image where there is no box. Two equivalent ways, annotation by annotation and all
@@ -59,7 +59,7 @@ def check_segmentations(annotations, sizes):
     boxes = np.frombuffer(b"".join(boxes)).reshape(-1, 4).T.reshape(2, 2, -1)
     limits = np.fromiter(chain(*(sizes[annotation["image_id"]] for annotation in annotations)), float)
     _compare(annotations, limits.reshape(-1, 2).T[::-1], bounds, boxes, shaped, faults)
-    return [(kind, annotations[index], why) for (kind, index), why in sorted(faults.items())]
+    return faults
 
 
 def _measure(annotations, polygons, owners, bounds, faults):
