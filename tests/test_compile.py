@@ -61,7 +61,8 @@ def test_the_whole_model_has_no_graph_breaks():
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     images, targets = torch.rand(2, 3, 64, 96), toys.targets(3, 5)
     with torch.no_grad():
-        assert torch.equal(compiled(images)["mask_embeddings"], model(images)["mask_embeddings"])
+        # To rounding: attention that is not traced may take a path of its own, as it does in torch 2.10.
+        torch.testing.assert_close(compiled(images)["mask_embeddings"], model(images)["mask_embeddings"])
     model.train()
     outputs = compiled(list(images), targets)
     assert outputs["dn_outputs"]["num_groups"] == 12 // 5 and len(outputs["aux_outputs"]) == model.config.decoder_layers
