@@ -1,11 +1,10 @@
 """Generated data sets in COCO's format: `shapes`, and `shapes-hard`, in which a box tells little about its mask."""
 
 import colorsys
-import contextlib
+import io
 import json
 import math
-import os
-import socket
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,50 +14,38 @@ from pycocotools import mask as mask_utils
 from formats.segmentations import annotation_of
 
 
-def _ellipse(rx, ry, x=0.0):
-    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    return np.stack([x + rx * np.cos(angles), ry * np.sin(angles)], axis=1)
-
-
 def _corners(radii, count):
     """Corners at `count` equal angles from the top on, their distances from the centre cycling through `radii`."""
     angles = np.arange(count) * 2 * np.pi / count - np.pi / 2
     return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _rectangle(rx, ry):
-    return np.array([(-rx, -ry), (rx, -ry), (rx, ry), (-rx, ry)])
-
-
-def _heart():
-    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y - 2], axis=1) / 17
-
-
+_t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+_disc = np.stack([np.cos(_t), np.sin(_t)], axis=1)
+_heart = 13 * np.cos(_t) - 5 * np.cos(2 * _t) - 2 * np.cos(3 * _t) - np.cos(4 * _t)  # its y, upwards
 _a = 0.32  # half the width of the cross's arms
 # Class -> outline and, for some, a hole: (k, 2) points within about the unit circle. No two alike at 16 pixels across,
 # whatever the rotation.
 SHAPES = {
-    "circle": [_ellipse(0.9, 0.9)],
+    "circle": [_disc * 0.9],
     "square": [_corners([1.0], 4)],
     "triangle": [_corners([1.0], 3)],
     "star": [_corners([1.0, 0.42], 10)],
-    "ring": [_ellipse(1.0, 1.0), _ellipse(0.55, 0.55)],
-    "cross": [np.array([(-_a, -1), (_a, -1), (_a, -_a), (1, -_a), (1, _a), (_a, _a), (_a, 1), (-_a, 1), (-_a, _a),
-                        (-1, _a), (-1, -_a), (-_a, -_a)])],
-    "ellipse": [_ellipse(1.0, 0.48)],
-    "crescent": [_ellipse(1.0, 1.0), _ellipse(0.8, 0.8, x=0.45)],
-    "arrow": [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 0.95), (-0.3, 0.95), (-0.3, 0), (-0.8, 0)])],
-    "heart": [_heart()],
+    "ring": [_disc, _disc * 0.55],
+    "cross": [[(-_a, -1), (_a, -1), (_a, -_a), (1, -_a), (1, _a), (_a, _a), (_a, 1), (-_a, 1), (-_a, _a), (-1, _a),
+               (-1, -_a), (-_a, -_a)]],
+    "ellipse": [_disc * (1.0, 0.48)],
+    "crescent": [_disc, _disc * 0.8 + (0.45, 0)],
+    "arrow": [[(0, -1), (0.8, 0), (0.3, 0), (0.3, 0.95), (-0.3, 0.95), (-0.3, 0), (-0.8, 0)]],
+    "heart": [np.stack([16 * np.sin(_t) ** 3, -_heart - 2], axis=1) / 17],
 }  # fmt: skip
 # Classes of the harder variant: the thin, hollow and curved ones fill little of their boxes; the disc covers others.
 HARD_SHAPES = {
-    "disc": [_ellipse(0.9, 0.9)],
-    "bar": [_rectangle(1.0, 0.22)],
-    "ring": [_ellipse(1.0, 1.0), _ellipse(0.66, 0.66)],
+    "disc": [_disc * 0.9],
+    "bar": [[(-1, -0.22), (1, -0.22), (1, 0.22), (-1, 0.22)]],
+    "ring": [_disc, _disc * 0.66],
     "frame": [_corners([1.0], 4), _corners([0.58], 4)],
-    "crescent": [_ellipse(1.0, 1.0), _ellipse(0.88, 0.88, x=0.42)],
+    "crescent": [_disc, _disc * 0.88 + (0.42, 0)],
 }
 SHAPES_VERSION = 1  # to be raised when the pictures change, so that old ones are made anew
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 30
@@ -75,52 +62,42 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
     hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
     3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
     """
-    root = Path(root)
     settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
-    settings |= {"hard": True} if hard else {}  # so that sets without it stay as they are
-    files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
-    if all(_shapes_settings(path) == settings for path in files.values()):
-        return
-    for path in files.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if _shapes_settings(path) != settings:
-            path.unlink(missing_ok=True)
-    written = {}
-    for number, (split, path) in enumerate(files.items()):
-        folder = root / "images" / f"{split}2017"
-        folder.mkdir(parents=True, exist_ok=True)
+    settings |= {"hard": True} if hard else {}
+    files = {split: Path(root, "annotations", f"instances_{split}2017.json") for split in ("train", "val")}
+    old = [path for path in files.values() if _settings(path) != settings]
+    for path in old:
+        path.unlink(missing_ok=True)
+    contents = {}
+    for number, (split, path) in enumerate(files.items() if old else ()):
         images, annotations = [], []
         for i in range(settings[split]):
             pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size, hard)
-            name = f"{i + 1:012d}.png"
-            with _whole_file(folder / name) as temporary:
-                Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+            name, png = f"{i + 1:012d}.png", io.BytesIO()
+            Image.fromarray(pixels).save(png, format="PNG", compress_level=1)
+            _write(Path(root, "images", f"{split}2017", name), png.getvalue())
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
             rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
             for label, rle in zip(labels, rles, strict=True):
                 annotation = annotation_of(rle, i + 1, label + 1)
                 annotation["segmentation"]["counts"] = rle["counts"].decode()
                 annotations.append({"id": len(annotations) + 1} | annotation)
-        written[path] = {
-            "info": {"description": "generated shapes", "settings": settings},
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES)],
-        }
-    for path, content in written.items():
-        with _whole_file(path) as temporary:
-            temporary.write_text(json.dumps(content))
+        categories = [{"id": i, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES, start=1)]
+        contents[path] = {"info": {"description": "generated shapes", "settings": settings}, "images": images,
+                          "annotations": annotations, "categories": categories}  # fmt: skip
+    for path, content in contents.items():
+        _write(path, json.dumps(content).encode())
 
 
-@contextlib.contextmanager
-def _whole_file(path):
-    """A name to write to, of this process alone, that becomes `path` when it is written."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+def _write(path, content):
+    """Let `path` hold the bytes, all or none of them, whoever else writes it; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
-def _shapes_settings(path):
+def _settings(path):
     """The settings recorded in an annotation file of `make_shapes`; None if there is no such file."""
     try:
         return json.loads(path.read_bytes())["info"]["settings"]
@@ -131,14 +108,17 @@ def _shapes_settings(path):
 def draw_shapes(rng, size, hard=False):
     """One image of `shapes`: pixels (size, size, 3) uint8, labels [int, ...], visible masks (n, size, size) bool.
 
-    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians. hard: see `make_shapes`.
-
-    A shape that would leave too little of an earlier one visible is drawn again somewhere else, so that nothing in the
-    image is without its annotation.
+    Shapes are 20 to 70 % of the image wide and tilted by up to 0.4 radians. hard: see `make_shapes`. A shape that would
+    leave too little of an earlier one visible is drawn again somewhere else, so that nothing in the image is without
+    its annotation.
     """
     pixels = _texture(rng, size, saturation=(0.0, 0.35), value=(0.25, 0.55))
-    if hard:
-        _draw_strokes(rng, pixels)
+    for _ in range(rng.integers(2, 7) if hard else 0):  # short bright lines and small blobs that belong to no class
+        canvas = Image.new("1", (size, size))
+        start, step = rng.uniform(0, size, 2), rng.uniform(-0.15, 0.15, 2) * size
+        ImageDraw.Draw(canvas).line([*start, *(start + step)], fill=1, width=int(rng.integers(1, 4)))
+        stroke = np.asarray(canvas)
+        pixels[stroke] = _texture(rng, size, saturation=(0.5, 1.0), value=(0.7, 1.0))[stroke]
     outlines = list((HARD_SHAPES if hard else SHAPES).values())
     fewest, most, smallest, largest, tilt = (3, 7, 0.09, 0.42, np.pi) if hard else (2, 7, 0.1, 0.35, 0.4)
     owner = np.full((size, size), -1)  # the uppermost shape of every pixel
@@ -164,19 +144,6 @@ def draw_shapes(rng, size, hard=False):
     return pixels.clip(0, 255).astype(np.uint8), labels, owner == np.arange(len(labels))[:, None, None]
 
 
-def _draw_strokes(rng, pixels):
-    """Clutter: short bright lines and small blobs that belong to no class, drawn into pixels (size, size, 3)."""
-    size = len(pixels)
-    for _ in range(rng.integers(2, 7)):
-        canvas = Image.new("L", (size, size))
-        start, step = rng.uniform(0, size, 2), rng.uniform(-0.15, 0.15, 2) * size
-        line = [tuple(start), tuple(start + step)]
-        ImageDraw.Draw(canvas).line(line, fill=255, width=int(rng.integers(1, 4)))
-        texture = _texture(rng, size, saturation=(0.5, 1.0), value=(0.7, 1.0))
-        covered = np.asarray(canvas, dtype=bool)
-        pixels[covered] = texture[covered]
-
-
 def _coverage(outlines, radius, angle):
     """Share of each pixel that the rotated shape covers: (k, k) float32 in [0, 1], the shape in the middle."""
     fine = 4  # subpixels per pixel and axis
@@ -196,18 +163,15 @@ def _texture(rng, size, saturation, value):
     y, x = np.mgrid[:size, :size].astype(np.float32)
     u = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)
     v = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period)
-    kind = rng.integers(5)
-    if kind == 0:  # stripes
-        pattern = np.sin(u)
-    elif kind == 1:  # checks
-        pattern = np.sign(np.sin(u) * np.sin(v))
-    elif kind == 2:  # dots
-        pattern = np.where(np.cos(u) + np.cos(v) > 0.9, 1.0, -0.6)
-    elif kind == 3:  # gradient
-        pattern = u * period / (np.pi * size) - 1
-    else:  # clouds
-        noise = Image.fromarray(rng.uniform(-1, 1, (size // 8 + 2,) * 2).astype(np.float32))
-        pattern = np.asarray(noise.resize((size, size), Image.BICUBIC))
+    coarse = (size // 8 + 2,) * 2
+    patterns = [
+        lambda: np.sin(u),  # stripes
+        lambda: np.sign(np.sin(u) * np.sin(v)),  # checks
+        lambda: np.where(np.cos(u) + np.cos(v) > 0.9, 1.0, -0.6),  # dots
+        lambda: u * period / (np.pi * size) - 1,  # gradient
+        lambda: Image.fromarray(rng.uniform(-1, 1, coarse).astype(np.float32)).resize((size, size), Image.BICUBIC),
+    ]  # the last: clouds
+    pattern = np.asarray(patterns[rng.integers(5)]())
     swing = rng.uniform(8, 30) * rng.uniform(0.5, 1, 3)  # of each colour channel
     grain = rng.normal(0, 6, (size, size, 1))
     return (colour + pattern[:, :, None] * swing + grain).astype(np.float32)
