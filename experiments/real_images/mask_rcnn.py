@@ -139,7 +139,7 @@ def parse_arguments(argv=None):
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="(default: adamw, as for the other systems)")
     add("--lr", type=float, default=4e-4, help="learning rate (default: 4e-4)")
     add("--backbone-factor", type=float, default=0.1, help="factor on the rate for the backbone (default: 0.1)")
-    add("--warmup", type=count, default=RECIPES["small"].warmup, metavar="ITERATIONS", help="(default: as for small)")
+    add("--warmup", type=count, metavar="ITERATIONS", help="rates rise from zero (default: as for small)")
     add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="of the drops (default: as for small)")
     add("--backbone", default="mobilenet_v2", help="as for train.py (default: mobilenet_v2)")
     add("--backbone-weights", metavar="NAME-OR-FILE", help="pretrained, as for train.py (default: none)")
@@ -171,6 +171,7 @@ class Run:
         self.optimizer = build_optimizer(self.model, args)
         recipe = RECIPES["small"]
         self.milestones = args.milestones or [round(m / recipe.iterations * self.total) for m in recipe.milestones]
+        self.warmup = min(recipe.warmup, self.total // 10) if args.warmup is None else args.warmup
         self.iteration, self.seconds = 0, 0.0  # seconds of training, without evaluations
         self.output.mkdir(parents=True, exist_ok=True)
         if (self.output / "checkpoint.pt").exists():
@@ -221,7 +222,7 @@ class Run:
             batch = next(batches)  # before the seed: a loader that starts draws a random number
             torch.manual_seed(seed_of(args.seed, 2, self.iteration))
             for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * lr_factor(self.iteration, self.milestones, args.warmup)
+                group["lr"] = group["base_lr"] * lr_factor(self.iteration, self.milestones, self.warmup)
             terms = step(self.model, self.optimizer, *batch)
             self.iteration += 1
             self.seconds += time.perf_counter() - start
