@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import SWINS
 from checkpoint import read_checkpoint, save_checkpoint
+from cli import run_program
 from config import PRESETS, Config, InputError
 from formats.bdd100k import BDD100K_CLASSES
 from model import DIMaskDINO
@@ -24,53 +24,36 @@ from weights import RESNET_NAMES, SWIN_NAMES, mismatches, read_weights, renamed,
 ENCODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
 NAMES = [("backbone." + ours, "backbone." + released) for ours, released in RESNET_NAMES + SWIN_NAMES]
 NAMES += [
-    (ours, ENCODER + released)
-    for ours, released in [
-        ("encoder.input_proj.", "input_proj."),
-        ("encoder.level_embed", "transformer.level_embed"),
-        ("encoder.layers.#.self_attn.", "transformer.encoder.layers.#.self_attn."),
-        ("encoder.layers.#.norm.", "transformer.encoder.layers.#.norm1."),
-        ("encoder.layers.#.ffn.norm.", "transformer.encoder.layers.#.norm2."),
-        ("encoder.layers.#.ffn.linear", "transformer.encoder.layers.#.linear"),
-        ("encoder.lateral.0.", "adapter_1."),
-        ("encoder.lateral.1.", "adapter_1.norm."),
-        ("encoder.output.0.", "layer_1."),
-        ("encoder.output.1.", "layer_1.norm."),
-        ("encoder.pixel_proj.", "mask_features."),
-    ]
+    ("encoder.input_proj.", ENCODER + "input_proj."),
+    ("encoder.level_embed", ENCODER + "transformer.level_embed"),
+    ("encoder.lateral.0.", ENCODER + "adapter_1."),
+    ("encoder.lateral.1.", ENCODER + "adapter_1.norm."),
+    ("encoder.output.0.", ENCODER + "layer_1."),
+    ("encoder.output.1.", ENCODER + "layer_1.norm."),
+    ("encoder.pixel_proj.", ENCODER + "mask_features."),
+    ("di.candidates.linear.", PREDICTOR + "enc_output."),
+    ("di.candidates.norm.", PREDICTOR + "enc_output_norm."),
+    ("denoising.label_embedding.", PREDICTOR + "label_enc."),
+    ("heads.class_head.", PREDICTOR + "class_embed."),
+    ("heads.mask_head.", PREDICTOR + "mask_embed."),
+    ("heads.box_head.", PREDICTOR + "_bbox_embed."),
+    ("heads.norm.", PREDICTOR + "decoder_norm."),
+    ("di.interactions.0.norm.", PREDICTOR + "oldm_norm."),
+    ("di.interactions.0.box_head.", PREDICTOR + "_oldm_bbox_embed."),
+    ("di.interactions.0.query_pos.", PREDICTOR + "oldm.ref_point_head."),
+    ("bato.cross_attn.", PREDICTOR + "query_guide_feature_update.multihead_attn."),
+    ("bato.pixel_output.0.", PREDICTOR + "decoder.mask_output_conv."),
+    ("bato.pixel_output.1.", PREDICTOR + "decoder.mask_output_conv.norm."),
+    ("decoder.position_mlp.", PREDICTOR + "decoder.ref_point_head."),
 ]
-NAMES += [
-    (ours, PREDICTOR + released)
-    for ours, released in [
-        ("di.candidates.linear.", "enc_output."),
-        ("di.candidates.norm.", "enc_output_norm."),
-        ("denoising.label_embedding.", "label_enc."),
-        ("heads.class_head.", "class_embed."),
-        ("heads.mask_head.", "mask_embed."),
-        ("heads.box_head.", "_bbox_embed."),
-        ("heads.norm.", "decoder_norm."),
-        ("di.interactions.0.norm.", "oldm_norm."),
-        ("di.interactions.0.box_head.", "_oldm_bbox_embed."),
-        ("di.interactions.0.query_pos.", "oldm.ref_point_head."),
-        ("di.interactions.0.layers.#.self_attn.", "oldm.layers.#.self_attn."),
-        ("di.interactions.0.layers.#.norm.", "oldm.layers.#.norm1."),
-        ("di.interactions.0.layers.#.ffn.norm.", "oldm.layers.#.norm2."),
-        ("di.interactions.0.layers.#.ffn.linear", "oldm.layers.#.linear"),
-        ("bato.cross_attn.", "query_guide_feature_update.multihead_attn."),
-        ("bato.norm.", "query_guide_feature_update.norm1."),
-        ("bato.ffn.norm.", "query_guide_feature_update.norm2."),
-        ("bato.ffn.linear", "query_guide_feature_update.linear"),
-        ("bato.pixel_output.0.", "decoder.mask_output_conv."),
-        ("bato.pixel_output.1.", "decoder.mask_output_conv.norm."),
-        ("decoder.position_mlp.", "decoder.ref_point_head."),
-        ("decoder.layers.#.self_attn.", "decoder.layers.#.self_attn."),
-        ("decoder.layers.#.cross_attn.", "decoder.layers.#.cross_attn."),
-        ("decoder.layers.#.cross_norm.", "decoder.layers.#.norm1."),
-        ("decoder.layers.#.self_norm.", "decoder.layers.#.norm2."),
-        ("decoder.layers.#.ffn.norm.", "decoder.layers.#.norm3."),
-        ("decoder.layers.#.ffn.linear", "decoder.layers.#.linear"),
-    ]
-]
+for ours, released, norms in [  # the released code numbers a layer's norms
+    ("encoder.layers.#.", ENCODER + "transformer.encoder.layers.#.", ("norm", "ffn.norm")),
+    ("di.interactions.0.layers.#.", PREDICTOR + "oldm.layers.#.", ("norm", "ffn.norm")),
+    ("bato.", PREDICTOR + "query_guide_feature_update.", ("norm", "ffn.norm")),
+    ("decoder.layers.#.", PREDICTOR + "decoder.layers.#.", ("cross_norm", "self_norm", "ffn.norm")),
+]:
+    NAMES += [(f"{ours}{norm}.", f"{released}norm{number}.") for number, norm in enumerate(norms, start=1)]
+    NAMES += [(ours + "ffn.linear", released + "linear"), (ours, released)]  # other parts have one name in both
 # Entries of released checkpoints that hold nothing of the model.
 IGNORED = re.compile(r"criterion\.|pixel_mean$|pixel_std$|.*\.(num_batches_tracked|relative_position_index)$")
 
@@ -119,21 +102,17 @@ def read_config(released):
         entries = Counter(match[1] for name in released if (match := re.match(pattern + r"\.\d+\.(.*)", name)))
         return mode(entries.values()) if entries else None
 
-    def starting(prefix):
-        return sum(name.startswith(prefix) for name in released)
-
-    swin = starting("backbone.layers.") > starting("backbone.res")
-    di = starting(PREDICTOR + "oldm") > 1
-    config = PRESETS[f"{'di' if di else ''}maskdino_{'swin_l' if swin else 'r50'}"]
-    layers = re.escape(ENCODER) + r"transformer\.encoder\.layers", re.escape(PREDICTOR) + r"decoder\.layers"
+    number = lambda start: sum(name.startswith(start) for name in released)  # noqa: E731
+    swin, di = number("backbone.layers.") > number("backbone.res"), number(PREDICTOR + "oldm") > 1
+    encoder_layers, decoder_layers = ENCODER + r"transformer\.encoder\.layers", PREDICTOR + r"decoder\.layers"
     found = {
-        "num_classes": rows(re.escape(PREDICTOR) + r"(.*\.)?(class_embed|label_enc)\.\w+"),
-        "num_levels": modules(re.escape(ENCODER) + "input_proj"),
-        "encoder_layers": modules(layers[0]),
-        "encoder_feedforward_dim": rows(layers[0] + r"\.\d+\.linear1\.\w+"),
-        "interaction_layers": modules(re.escape(PREDICTOR) + r"oldm\.layers"),
-        "decoder_layers": modules(layers[1]),
-        "feedforward_dim": rows(layers[1] + r"\.\d+\.linear1\.\w+"),
+        "num_classes": rows(PREDICTOR + r"(.*\.)?(class_embed|label_enc)\.\w+"),
+        "num_levels": modules(ENCODER + "input_proj"),
+        "encoder_layers": modules(encoder_layers),
+        "encoder_feedforward_dim": rows(encoder_layers + r"\.\d+\.linear1\.\w+"),
+        "interaction_layers": modules(PREDICTOR + r"oldm\.layers"),
+        "decoder_layers": modules(decoder_layers),
+        "feedforward_dim": rows(decoder_layers + r"\.\d+\.linear1\.\w+"),
     }
     if found["num_levels"] not in (None, 4, 5):
         raise ConversionError(
@@ -147,6 +126,7 @@ def read_config(released):
         found["backbone"] = next((name for name, numbers in SWINS.items() if numbers[:3] == size), None)
         if not found["backbone"]:
             raise ConversionError("no known Swin has {} channels, {} blocks in stage 3, windows of {}".format(*size))
+    config = PRESETS[f"{'di' if di else ''}maskdino_{'swin_l' if swin else 'r50'}"]
     return replace(config, **{name: value for name, value in found.items() if value})
 
 
@@ -184,11 +164,9 @@ def released_state_dict(state, config):
         raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(shortened(problems)))
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
-    known = read_config(released)
-    fields = "backbone", "frozen_batch_norm", "hidden_dim", "num_heads", "num_points", "bato", "gtg"
-    fields = *fields, "position_tokens", "selections"
-    ours = {field: (getattr(config, field), getattr(known, field)) for field in fields}
-    if different := [f"{field} {value}" for field, (value, theirs) in ours.items() if value != theirs]:
+    ours, known = asdict(config), asdict(read_config(released))
+    fields = "backbone frozen_batch_norm hidden_dim num_heads num_points bato gtg position_tokens selections".split()
+    if different := [f"{field} {ours[field]}" for field in fields if ours[field] != known[field]]:
         raise ConversionError(f"the released code has no model with {', '.join(different)}")
     return released
 
@@ -211,8 +189,7 @@ def convert(source, output, trust_pickle=False, box_init=None):
     released = read_weights(source, trust_pickle)
     if "heads.class_head.weight" in released:
         raise ConversionError("is a checkpoint of this project already; --reverse converts it back")
-    state = convert_state_dict(released)
-    config = read_config(released)
+    state, config = convert_state_dict(released), read_config(released)
     config = replace(config, box_init=box_init or config.box_init)
     classes, ids = categories(config.num_classes)
     save_checkpoint(output, {"model": state, "config": asdict(config), "classes": classes, "category_ids": ids})
@@ -220,7 +197,7 @@ def convert(source, output, trust_pickle=False, box_init=None):
 
 
 def revert(source, output):
-    """Checkpoint of this project -> {"model": released names and tensors}. Returns its Config. Raises as above."""
+    """Checkpoint of this project -> {"model": released names and tensors}. Returns its Config. Raises InputError."""
     checkpoint = read_checkpoint(source)
     try:
         config = Config(**checkpoint["config"])
@@ -231,57 +208,36 @@ def revert(source, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Convert a checkpoint that the authors of DI-MaskDINO or Mask DINO released into one that "
-        "train.py, eval.py and predict.py take. The architecture is read off the tensors' shapes.",
+    parser = argparse.ArgumentParser(description=f"{__doc__} The architecture is read off the tensors' shapes.")
+    add = parser.add_argument
+    add("source", metavar="OFFICIAL.pth", help="The checkpoint to convert: a released one, or one of ours.")
+    add("output", metavar="OUT.pt", help="The file to write.")
+    add("--reverse", action="store_true", help="Convert one of ours into a file that the released code loads.")
+    boxes = (
+        "Say how the model was trained to get the boxes of the first selection: mask, around the masks; bitmask, the "
+        "same, a pixel wider and higher; head, from the box head (default: as in the released model of the backbone)."
     )
-    parser.add_argument(
-        "source",
-        metavar="OFFICIAL.pth",
-        help="The released checkpoint, .pth or .pkl; with --reverse, the one to write back.",
-    )
-    parser.add_argument("output", metavar="OUT.pt", help="The file to write.")
-    parser.add_argument(
-        "--reverse",
-        action="store_true",
-        help="Convert the other way: OFFICIAL.pth is a checkpoint of this project, and OUT.pt becomes one that the "
-        "released code loads.",
-    )
-    parser.add_argument(
-        "--box-init",
-        choices=get_args(Config.__annotations__["box_init"]),
-        help="How the checkpoint was trained to get the boxes of the first selection, which its tensors do not tell: "
-        "mask, around the masks; bitmask, the same, a pixel wider and higher; head, from the box head, for files that "
-        "their authors list as without mask-enhanced boxes (default: mask for a ResNet and for DI-MaskDINO, bitmask "
-        "for Mask DINO with a Swin transformer, as released).",
-    )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="Open a file that only Python's pickle can read, such as a .pkl of Detectron2. Opening a pickle runs "
-        "whatever program it holds: use this only for a file whose source you trust.",
-    )
+    add("--box-init", choices=get_args(Config.__annotations__["box_init"]), help=boxes)
+    pickles = "Open a file that only Python's pickle can read, such as a .pkl; it runs whatever program the file holds."
+    add("--trust-pickle", action="store_true", help=pickles)
     args = parser.parse_args()
+    source, output = Path(args.source), Path(args.output)
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"{output}: its folder does not exist; create it first")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise InputError(f"{output}: is the file to convert; choose another name for the result")
+    if args.reverse and args.box_init:
+        raise InputError("--box-init: is for a released checkpoint, not with --reverse")
     try:
-        if not Path(args.output).resolve().parent.is_dir():
-            raise InputError(f"{args.output}: its folder does not exist; create it first")
-        if Path(args.output).exists() and Path(args.output).samefile(args.source):
-            raise InputError(f"{args.output}: is the file to convert; choose another name for the result")
-        if args.reverse and args.box_init:
-            raise InputError("--box-init: is for a released checkpoint, not with --reverse")
-        if args.reverse:
-            config = revert(args.source, args.output)
-        else:
-            config = convert(args.source, args.output, args.trust_pickle, args.box_init)
+        config = revert(source, output) if args.reverse else convert(source, output, args.trust_pickle, args.box_init)
     except (ValueError, OSError) as error:
-        where = f"{args.source}: " if isinstance(error, ConversionError) else ""
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {where}{error}")
-    system = "DI-MaskDINO" if config.di else "Mask DINO"
+        raise InputError(f"{source}: {error}" if isinstance(error, ConversionError) else str(error)) from None
     print(
-        f"{args.output}: {system}, {config.backbone}, {config.num_levels} scales, {config.encoder_layers} encoder and "
-        f"{config.decoder_layers} decoder layers, {config.num_classes} classes, box_init {config.box_init}"
+        f"{output}: {'DI-MaskDINO' if config.di else 'Mask DINO'}, {config.backbone}, {config.num_levels} scales, "
+        f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers, {config.num_classes} classes, "
+        f"box_init {config.box_init}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,6 +12,7 @@ import torch
 
 import convert
 from checkpoint import load_model
+from cli import run_program
 from config import PRESETS
 from convert import ConversionError, convert_state_dict, read_config, released_names, released_state_dict
 from model import DIMaskDINO
@@ -233,23 +234,17 @@ def run(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
     status = 0
     try:
-        convert.main()
+        run_program(convert.main)
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().out
 
 
-def program(*args):
-    """convert.py as a user runs it."""
-    return subprocess.run(
-        [sys.executable, ROOT / "convert.py", *map(str, args)], capture_output=True, text=True, timeout=300
-    )
-
-
-def test_program_converts_and_reverts(tmp_path):
+def test_program_converts_and_reverts(tmp_path, monkeypatch, capsys):
     released = checkpoint("dimaskdino_r50")
     torch.save({"model": released, "iteration": 368749}, tmp_path / "official.pth")
-    result = program(tmp_path / "official.pth", tmp_path / "ours.pt")
+    command = [sys.executable, ROOT / "convert.py", tmp_path / "official.pth", tmp_path / "ours.pt"]
+    result = subprocess.run(command, capture_output=True, text=True)  # as a user runs it
     assert (result.returncode, result.stderr) == (0, "")
     assert "DI-MaskDINO, resnet50, 4 scales, 6 encoder and 6 decoder layers, 80 classes" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "ours.pt"]  # nothing temporary
@@ -262,8 +257,7 @@ def test_program_converts_and_reverts(tmp_path):
     first = released["backbone.stem.conv1.weight"]
     assert torch.equal(model.state_dict()["backbone.body.conv1.weight"], first)
 
-    result = program("--reverse", tmp_path / "ours.pt", tmp_path / "back.pth")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert run(monkeypatch, capsys, "--reverse", tmp_path / "ours.pt", tmp_path / "back.pth")[0] == 0
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert back.keys() == released.keys() and all(torch.equal(back[name], x) for name, x in released.items())
 
@@ -312,20 +306,20 @@ def test_safetensors(tmp_path):
     assert found.keys() == weights.keys() and all(torch.equal(found[name], x) for name, x in weights.items())
 
 
-def test_program_lists_what_does_not_fit(tmp_path):
+def test_program_lists_what_does_not_fit(tmp_path, monkeypatch, capsys):
     released = checkpoint("maskdino_r50")
     del released["backbone.res2.0.conv1.weight"]
     torch.save(released | {"backbone.res9.weight": torch.zeros(1)}, tmp_path / "official.pth")  # bare
-    result = program(tmp_path / "official.pth", tmp_path / "ours.pt")
-    assert result.returncode == 1 and result.stdout == "" and not (tmp_path / "ours.pt").exists()
-    first, *lines = result.stderr.splitlines()
+    status, printed = run(monkeypatch, capsys, tmp_path / "official.pth", tmp_path / "ours.pt")
+    assert printed == "" and not (tmp_path / "ours.pt").exists()
+    first, *lines = status.splitlines()
     assert first == f"convert.py: error: {tmp_path / 'official.pth'}: 2 entries do not fit a released checkpoint:"
     assert "missing: backbone.res2.0.conv1.weight" in lines[0] and "unknown: backbone.res9.weight" in lines[1]
 
 
-def test_help_is_in_sentences():
-    result = program("--help")
-    assert result.returncode == 0 and "--trust-pickle" in result.stdout and "--reverse" in result.stdout
+def test_help_ends_well(monkeypatch, capsys):
+    status, printed = run(monkeypatch, capsys, "--help")
+    assert status == 0 and "--trust-pickle" in printed and "--reverse" in printed
 
 
 class Trap:
