@@ -1,4 +1,4 @@
-"""The data set of images with instances, training augmentation, collate, and the sampler of training batches."""
+"""The data set of images with instances, its augmentation, and batches for training and evaluation."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
@@ -22,19 +22,19 @@ from formats.images import DataError, read_image
 
 
 class CocoInstances(Dataset):
-    """An instance segmentation data set.
+    """An instance segmentation data set; all annotations are checked when it is made, DataError says what is wrong.
 
-    annotation_file, image_dir: paths, as `read` takes them. All annotations are checked here; DataError says what is
-    wrong with them.
+    annotation_file, image_dir: paths, as `read` takes them: `read_annotations` for a file in COCO format,
+    `read_bdd100k` for BDD100K's bitmasks.
     training: items have instances, and images without a usable one (not a crowd) are left out unless `keep_empty`;
     otherwise all images, without instances.
     test_size: (shorter, longer) of `resize_shorter`, for the images of evaluation.
     augmentation: of training, (size, (lowest scale, highest)), see `draw_augmentation`; None: images as in evaluation.
-    read: `read_annotations` for a file in COCO format, `read_bdd100k` for BDD100K's bitmasks.
 
     classes       names of the classes, ordered by category id
-    category_ids  category_ids[label] is the category id in the file
+    category_ids  category_ids[label] is the category id in the file; labels, the reverse
     image_ids     image_ids[i] is the image id of item i
+    instances     usable annotations of every image id
     coco          pycocotools.coco.COCO of all annotations, crowds included, for the evaluation
     """
 
@@ -51,7 +51,7 @@ class CocoInstances(Dataset):
         self.category_ids = sorted(self.coco.cats)
         self.classes = [self.coco.cats[category_id]["name"] for category_id in self.category_ids]
         self.labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        self.instances = {image["id"]: [] for image in dataset["images"]}  # image id -> usable annotations
+        self.instances = {image["id"]: [] for image in dataset["images"]}
         for annotation in dataset["annotations"]:
             if not annotation["iscrowd"]:
                 self.instances[annotation["image_id"]].append(annotation)
@@ -62,17 +62,18 @@ class CocoInstances(Dataset):
     def __len__(self):
         return len(self.image_ids)
 
-    def __getitem__(self, index):
-        """Image (3, H, W) float32 RGB in [0, 1] and its target.
+    def __getitem__(self, key):
+        """Image (3, H, W) float32 RGB in [0, 1] and its target; key: the index, or (index, seed of the augmentation).
 
         image_id; original_size (H, W) of the image that the annotations describe. In training also the instances that
         are visible: labels (n,) int64; boxes (n, 4) float32, xyxy in pixels; masks (n, H, W) bool.
         """
+        index, generator = (key[0], torch.Generator().manual_seed(key[1])) if isinstance(key, tuple) else (key, None)
         instances = {}
         if self.training and self.augmentation:
             size, scale = self.augmentation
             image, annotations = self._read(index)
-            placement = draw_augmentation(image.shape[1:], size, scale)
+            placement = draw_augmentation(image.shape[1:], size, scale, generator)
             image, *placed = augment(image, [a["segmentation"] for a in annotations], *placement, size)
             instances = self._instances(annotations, *placed)
         elif self.training:
@@ -122,17 +123,16 @@ def eval_transform(shorter=800, longer=1333):
     return lambda image: F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Augmentation: large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3) as the released code does it
+# --- augmentation: large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3) as the released code does it
 
 
-def draw_augmentation(image_size, size, scale):
+def draw_augmentation(image_size, size, scale, generator=None):
     """Random arguments (flip, resized, offset) of `augment` for an image of (H, W) pixels.
 
     Flipped with probability 1/2; resized to fit size x size times a factor uniform in `scale`, a (lowest, highest)
     pair; cropped at one random place for both directions, so that crops lie on the diagonal.
     """
-    flip, factor, place = torch.rand(3, dtype=torch.float64).tolist()
+    flip, factor, place = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
     target = size * (scale[0] + (scale[1] - scale[0]) * factor)
     ratio = min(target / pixels for pixels in image_size)
     resized = tuple(max(1, round(pixels * ratio)) for pixels in image_size)
@@ -296,8 +296,7 @@ def to_device(batch, device):
     return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training batches: randomness follows from the seed and the position in training, so that a resumed run repeats nothing
+# --- training batches: randomness follows from the seed and the position, so that a resumed run repeats nothing
 
 
 def seed_of(*numbers):
@@ -305,47 +304,27 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class TrainSampler(Sampler):
-    """Endless batches of (image, seed of its augmentation) for one process.
+def train_keys(num_images, batch_size, seed, start=0, rank=0, world=1):
+    """Endless batches of (index, seed of the augmentation), the keys of a process's items, after `start` images.
 
     The epochs' permutations, one behind the other, are cut into batches of `batch_size`, of which process `rank` of
-    `world` takes its share; so a batch is of the same images whatever the number of processes. `start`: images seen.
+    `world` takes its share; so a batch is of the same images whatever the number of processes.
     """
-
-    def __init__(self, num_images, batch_size, seed, start=0, rank=0, world=1):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.rank, self.world = start, rank, world
-
-    def __iter__(self):
-        orders = {}  # epoch -> permutation
-        for first in range(self.start, sys.maxsize, self.batch_size):
-            batch = []
-            for position in range(first + self.rank, first + self.batch_size, self.world):
-                epoch, place = divmod(position, self.num_images)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
-                    orders = {epoch: torch.randperm(self.num_images, generator=generator).tolist()}
-                batch.append((orders[epoch][place], seed_of(self.seed, 1, position)))
-            yield batch
-
-
-class SeededDataset(Dataset):
-    """A data set whose items are asked for by (index, seed of the augmentation), in whichever loader process."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key):
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.dataset[index]
+    orders = {}  # epoch -> permutation
+    for first in range(start, sys.maxsize, batch_size):
+        batch = []
+        for position in range(first + rank, first + batch_size, world):
+            epoch, place = divmod(position, num_images)
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(seed_of(seed, 0, epoch))
+                orders = {epoch: torch.randperm(num_images, generator=generator).tolist()}
+            batch.append((orders[epoch][place], seed_of(seed, 1, position)))
+        yield batch
 
 
 def train_batches(dataset, batch_size, seed, start, rank, world, workers, pin_memory):
-    """Endless batches of `collate` for one of the `world` processes, as `TrainSampler` puts them together."""
-    sampler = TrainSampler(len(dataset), batch_size, seed, start, rank, world)
-    yield from loader(SeededDataset(dataset), sampler, workers, pin_memory)
+    """Endless batches of `collate` for one of the `world` processes: the items of a CocoInstances by `train_keys`."""
+    yield from loader(dataset, train_keys(len(dataset), batch_size, seed, start, rank, world), workers, pin_memory)
 
 
 def loader(dataset, batches, workers, pin_memory=False):
@@ -378,10 +357,9 @@ def allow_many_files():
         import resource
     except ImportError:  # Windows has no such limit
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 2**16
-    wanted = enough if hard == resource.RLIM_INFINITY else min(hard, enough)
-    if soft != resource.RLIM_INFINITY and soft < enough:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-        if wanted < enough:
-            torch.multiprocessing.set_sharing_strategy("file_system")
+    limits, enough = resource.getrlimit(resource.RLIMIT_NOFILE), 2**16
+    now, possible = (enough if limit == resource.RLIM_INFINITY else min(limit, enough) for limit in limits)
+    if now < possible:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, limits[1]))
+    if possible < enough:
+        torch.multiprocessing.set_sharing_strategy("file_system")

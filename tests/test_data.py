@@ -14,7 +14,7 @@ from pycocotools import mask as mask_utils
 from scipy.ndimage import minimum_filter1d
 from torchvision.ops import masks_to_boxes
 
-from data import CocoInstances, SeededDataset, augment, collate, draw_augmentation, eval_transform
+from data import CocoInstances, augment, collate, draw_augmentation, eval_transform
 from eval import average_precision, coco_results
 from formats.coco import coco_paths
 from formats.images import DataError, read_image
@@ -427,7 +427,7 @@ def test_crops_lie_on_the_diagonal_at_uniform_scales():
 
 def test_same_seed_same_sample_and_other_seed_another(tmp_path):
     arguments = write(tmp_path, dataset([annotation(1)]))
-    data = SeededDataset(CocoInstances(*arguments, True, augmentation=(48, (0.8, 1.0))))
+    data = CocoInstances(*arguments, True, augmentation=(48, (0.8, 1.0)))
     (image, target), (again, target_again), (other, _) = (data[0, seed] for seed in (5, 5, 6))
     assert image.shape == (3, 48, 48) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
     assert torch.equal(image, again) and not torch.equal(image, other)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ import matcher
 import train
 from cli import open_split
 from config import Config, InputError
-from data import TrainSampler, collate
+from data import collate, train_keys
 from eval import evaluate
 from formats.images import DataError
 from losses import SetCriterion
@@ -118,8 +119,7 @@ def test_parameter_groups():
 
 
 def batches(count, **kwargs):
-    sampler = iter(TrainSampler(**kwargs))
-    return [next(sampler) for _ in range(count)]
+    return list(islice(train_keys(**kwargs), count))
 
 
 def test_every_epoch_is_another_permutation():
@@ -614,7 +614,7 @@ def test_images_without_instances(shapes, tmp_path):
 
 def test_an_image_that_cannot_be_read(run, shapes, uninterrupted, tmp_path, monkeypatch):
     """It is read twice; then a line names it and the checkpoint, from which training goes on as if it had not been."""
-    [index, _], *_ = next(iter(TrainSampler(12, 4, seed=0, start=8)))
+    [index, _], *_ = next(train_keys(12, 4, seed=0, start=8))
     failures, read = [True, True], data.read_image
     bad = f"{index + 1:012}.png"
 
