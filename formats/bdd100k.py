@@ -15,11 +15,11 @@ BDD100K_CROWD, BDD100K_IGNORED = 2, 1  # flags that matter here; the others say 
 
 def bdd100k_paths(root, split):
     """Bitmask and image folder of split "train" or "val" in a BDD100K folder; DataError if they are not there."""
-    folders = Path(root) / "labels" / "ins_seg" / "bitmasks" / split, Path(root) / "images" / "10k" / split
+    folders = Path(root, "labels/ins_seg/bitmasks", split), Path(root, "images/10k", split)
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; the data root must hold BDD100K's images/10k and"
-                            " labels/ins_seg/bitmasks")  # fmt: skip
+            layout = "the data root must hold BDD100K's images/10k and labels/ins_seg/bitmasks"
+            raise DataError(f"{folder}: no such folder; {layout}")
     return folders
 
 
@@ -30,13 +30,15 @@ def read_bdd100k(bitmask_dir, image_dir):
     zero in the background (https://doc.bdd100k.com/format.html#bitmask). Image ids are 1, 2, ... in the order of the
     names; crowds and ignored instances have iscrowd 1. Raises DataError, naming the file and what is wrong with it.
     """
-    kinds = (bitmask_dir, ".png"), (image_dir, ".jpg")
-    bitmasks, pictures = (_files(*kind) for kind in kinds)
-    for some, others, (folder, suffix) in zip((bitmasks, pictures), (pictures, bitmasks), kinds[::-1], strict=True):
+    bitmasks, pictures = _files(bitmask_dir, ".png"), _files(image_dir, ".jpg")
+    for some, others, lacking in (
+        (bitmasks, pictures, (image_dir, ".jpg")),
+        (pictures, bitmasks, (bitmask_dir, ".png")),
+    ):
         if alone := [path for name, path in some.items() if name not in others]:
             more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-            raise DataError(f"{alone[0]}: {folder} has no {alone[0].stem}{suffix}{more}; add it, image and bitmask"
-                            " belong together")  # fmt: skip
+            what = f"{lacking[0]} has no {alone[0].stem}{lacking[1]}{more}"
+            raise DataError(f"{alone[0]}: {what}; add it, image and bitmask belong together")
     images, annotations = [], []
     progress = tqdm(bitmasks.items(), desc="read bitmasks", leave=False, disable=None)
     for image_id, (name, path) in enumerate(progress, start=1):
@@ -44,10 +46,9 @@ def read_bdd100k(bitmask_dir, image_dir):
         if mode != "RGBA":
             raise DataError(f"{path}: is {mode}, not RGBA; give BDD100K's bitmasks, not its colour maps")
         height, width = pixels.shape[:2]
-        size = with_image(pictures[name], lambda image: image.size)  # reads no more than the header
-        if size != (width, height):
-            raise DataError(f"{path}: the bitmask is {width}x{height}, its image {size[0]}x{size[1]}; replace the wrong"
-                            " one")  # fmt: skip
+        w, h = with_image(pictures[name], lambda image: image.size)  # reads no more than the header
+        if (h, w) != (height, width):
+            raise DataError(f"{path}: the bitmask is {width}x{height}, its image {w}x{h}; replace the wrong one")
         images.append({"id": image_id, "file_name": pictures[name].name, "height": height, "width": width})
         for annotation in _bitmask_annotations(path, pixels.view("<u4")[:, :, 0], image_id):
             annotations.append({"id": len(annotations) + 1} | annotation)
@@ -79,8 +80,8 @@ def _bitmask_annotations(path, bitmask, image_id):
         category, flags, high, low = value.to_bytes(4, "little")
         number = high * 256 + low
         if not 1 <= category <= len(BDD100K_CLASSES) or number == 0:
-            raise DataError(f"{path}: a pixel has category {category} and instance id {number}; the categories are 1 to"
-                            f" {len(BDD100K_CLASSES)}, the ids begin with 1; replace the file")  # fmt: skip
+            expected = f"the categories are 1 to {len(BDD100K_CLASSES)}, the ids begin with 1; replace the file"
+            raise DataError(f"{path}: a pixel has category {category} and instance id {number}; {expected}")
         if number in instances:
             raise DataError(f"{path}: instance {number} has pixels of several categories or flags; replace the file")
         instances[number] = category, flags, value

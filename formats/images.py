@@ -60,35 +60,33 @@ def read_image(path, size=None):
 _pil = threading.Lock()
 
 
-def with_image(path, read):
-    """`read(image)` of a file that PIL has opened; DataError where that fails twice, as what it says of the first time
-    may have been a moment of a network disk.
+def with_image(path, read, again=True):
+    """`read(image)` of a file that PIL has opened, which is tried `again` after a failure: a network disk has moments.
 
     PIL's limit of pixels and Python's list of warnings are the whole process's: they are ours only meanwhile, one
-    thread at a time. What PIL warns of is said with the file's name, once.
+    thread at a time. What PIL warns of is said with the file's name, once. Raises DataError.
     """
-    for again in (False, True):
-        try:
-            # By name, PIL would garble a TIFF file with an orientation.
-            with _pil, warnings.catch_warnings(record=True) as caught, open(path, "rb") as file:
-                warnings.simplefilter("always")
-                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
-                try:
-                    found = read(Image.open(file))
-                finally:
-                    Image.MAX_IMAGE_PIXELS = limit
-            break
-        except DataError:
-            raise
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such image file") from None
-        except DECODER_ERRORS as error:
-            of_system = getattr(error, "errno", None)
-            if again and of_system:
-                raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk and the rights") from None
-            if again:
-                raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
+    try:
+        # By name, PIL would garble a TIFF file with an orientation.
+        with _pil, warnings.catch_warnings(record=True) as caught, open(path, "rb") as file:
+            warnings.simplefilter("always")
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+            try:
+                found = read(Image.open(file))
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file") from None
+    except DECODER_ERRORS as error:
+        of_system = getattr(error, "errno", None)
+        if again:
             time.sleep(0.2 if of_system else 0)
+            return with_image(path, read, again=False)
+        if of_system:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk and the rights") from None
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
     for warning in caught:
         _warn_once(f"{path}: {warning.message}", warning.category)
     return found
@@ -105,14 +103,13 @@ def _turn(path, image, size, load):
     stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
     if load and not tiff:
         image.load()
-    matters = load or None in size or not fits(stored, size)
-    orientation = _orientation(image) if matters else 1
+    orientation = _orientation(image) if load or None in size or not _fits(stored, size) else 1
     shown = stored[::-1] if orientation >= 5 else stored
-    as_stored = fits(stored, size) and not fits(shown, size)
-    if not (as_stored or fits(shown, size)):
+    as_stored = _fits(stored, size) and not _fits(shown, size)
+    if not (as_stored or _fits(shown, size)):
         height, width = ("?" if pixels is None else pixels for pixels in size)
-        raise DataError(f"{path}: the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height};"
-                        " correct the file or the annotations")  # fmt: skip
+        sizes = f"the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height}"
+        raise DataError(f"{path}: {sizes}; correct the file or the annotations")
     if load:
         image.load()
         turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
@@ -130,7 +127,7 @@ def _orientation(image):
     return tag if tag in UPRIGHT else 1
 
 
-def fits(found, size):
+def _fits(found, size):
     """Whether (H, W) is `size`, where None stands for any number."""
     return all(expected in (None, pixels) for pixels, expected in zip(found, size, strict=True))
 

@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 
 from formats.images import short
 
-# What a fault makes of an annotation, of several the first: it belongs to no image, it encloses nothing, it cannot be
+# Kinds of faults; of several the first counts: the annotation belongs to no image, it encloses nothing, it cannot be
 # understood, some of its polygons are left out, its box is not the mask's.
 STRANGE, LEFT_OUT, REFUSED, TRIMMED, MISFIT = range(5)
 DOUBLES = partial(array, "d")
@@ -29,8 +29,7 @@ def check_segmentations(annotations, sizes):
     those of the mask within the image where there is no box. Two equivalent ways, annotation by annotation and all
     numbers at once; this is the second, since the first takes longer than to read the file.
     """
-    faults = {}  # (kind, index of an annotation): why
-    polygons, owners, boxes, shaped = [], [], [], np.ones(len(annotations), bool)
+    faults, boxes, polygons, owners = {}, [], [], []
     bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
     for index, annotation in enumerate(annotations):
         try:
@@ -42,12 +41,10 @@ def check_segmentations(annotations, sizes):
             box, faults[REFUSED, index] = NO_BOX, why
         boxes.append(box)
         try:
-            shape = _shape(annotation, sizes)
+            annotation["segmentation"] = shape = _shape(annotation, sizes)
         except Fault as fault:
             kind, faults[kind, index] = fault.args
-            shaped[index] = False
             continue
-        annotation["segmentation"] = shape
         if isinstance(shape, dict):
             x, y, width, height = mask_utils.toBbox(shape)
             bounds[:, :, index] = (x, y), (x + width, y + height)
@@ -57,16 +54,12 @@ def check_segmentations(annotations, sizes):
     if polygons:
         _measure(annotations, polygons, np.array(owners), bounds, faults)
     boxes = np.frombuffer(b"".join(boxes)).reshape(-1, 4).T.reshape(2, 2, -1)
-    limits = np.fromiter(chain(*(sizes[annotation["image_id"]] for annotation in annotations)), float)
-    _compare(annotations, limits.reshape(-1, 2).T[::-1], bounds, boxes, shaped, faults)
+    _compare(annotations, np.array([sizes[a["image_id"]][::-1] for a in annotations], float).T, bounds, boxes, faults)
     return faults
 
 
 def _measure(annotations, polygons, owners, bounds, faults):
-    """Set the bounds of the annotations' polygons and leave out polygons without area.
-
-    owners: index of the annotation of each polygon, ascending.
-    """
+    """Set the bounds of the annotations (owners: the index of each polygon's) and leave out polygons without area."""
     x, y = np.frombuffer(b"".join(polygons)).reshape(-1, 2).T.copy()
     ends = np.cumsum(np.fromiter(map(len, polygons), int, len(polygons)) // 2)
     starts, last = np.append(0, ends[:-1]), ends - 1
@@ -95,19 +88,19 @@ def _on_line(polygon):
     return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
 
 
-def _compare(annotations, limits, bounds, boxes, shaped, faults):
+def _compare(annotations, limits, bounds, boxes, faults):
     """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing.
 
-    shaped: which have a mask. A box may be that of the whole mask or of the part in the image.
+    A box may be that of the whole mask or of the part in the image.
     """
     with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
-        far = shaped & ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
+        far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
         visible = np.clip(bounds, 0, limits)
-        outside = shaped & ~far & ~(visible[1] > visible[0]).all(0)
+        outside = ~far & ~(visible[1] > visible[0]).all(0)
         missing = np.isnan(boxes).all((0, 1))
         boxes = np.where(missing, (visible[0], visible[1] - visible[0]), boxes)
         empty = ~missing & ~((boxes[1] > 0) & np.isfinite(boxes.sum(0))).all(0)
-        misfit = shaped & ~_fit(boxes, bounds) & ~_fit(boxes, visible)
+        misfit = ~_fit(boxes, bounds) & ~_fit(boxes, visible)
     for index in np.flatnonzero(missing):
         annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
     for found, kind, why in (
@@ -123,7 +116,7 @@ def _compare(annotations, limits, bounds, boxes, shaped, faults):
 
 
 def _fit(boxes, bounds):
-    """Whether boxes (x, y, width, height) are masks' bounds (corners), both (2, 2, n): they share half of their area.
+    """Whether boxes (x, y, width, height) share half of their area with masks' bounds (corners), both (2, 2, n).
 
     Each is taken a pixel larger on all sides: what rounding can do is no fault.
     """
@@ -183,24 +176,23 @@ def _rle(segmentation, height, width):
     if not runs[1::2].any():
         raise Fault(LEFT_OUT, "RLE without a pixel")
     if isinstance(counts, list):
-        segmentation = {"size": [height, width], "counts": runs.astype(int).tolist()}
-        return mask_utils.frPyObjects(segmentation, height, width)
+        return mask_utils.frPyObjects({"size": [height, width], "counts": runs.astype(int).tolist()}, height, width)
     return {"size": [height, width], "counts": counts}
 
 
 def _runs(counts):
     """Run lengths (int64 array) of compressed RLE counts (str or bytes); ValueError or TypeError if malformed.
 
-    pycocotools reads past the end of a malformed string, so it must not see one. The format: base 32, five bits to a
-    character from "0" on, the least significant first, bit 5 = more follow, bit 4 of the last = negative; from the
-    fourth run on the number is the difference to the run two before.
+    pycocotools reads past the end of a malformed string, so it must not see one. Numbers have five bits to a character
+    from "0" on, the least significant first, bit 5 = more follow, bit 4 of the last = negative; from the fourth run on
+    they are the differences to the run two before.
     """
     counts = counts.encode("ascii") if isinstance(counts, str) else counts
     if not re.fullmatch(rb"(?:[P-o]{0,6}[0-O])+", counts):
         raise ValueError("not an RLE string")
     digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(digits < 32)  # of every number
-    first = np.concatenate([[0], last[:-1] + 1])
+    first = np.append(0, last[:-1] + 1)
     place = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
     runs = np.add.reduceat((digits & 31) << place, first)
     runs -= np.where(digits[last] & 16, 32 << place[last], 0)
