@@ -268,6 +268,8 @@ def parse_arguments(argv=None):
 def open_output(args):
     """The folder of the runs, the name of the results' files, and the settings, which the folder's must equal."""
     args.data_root = Path(args.data_root).resolve()
+    if Path(args.backbone_weights).exists():
+        args.backbone_weights = Path(args.backbone_weights).resolve()  # the runs are in another folder
     name = f"{args.data_root.name}_{args.minutes:g}min" + "_choose" * args.choose
     output = ROOT / (args.output or f"runs/real_images/{name}")
     output.mkdir(parents=True, exist_ok=True)
