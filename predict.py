@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
@@ -44,8 +44,8 @@ def find_images(paths, recursive, output):
             inside = list(search(path, recursive, output, others, set())) if path.is_dir() else [path]
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
-        left_out = f"left out: {others.total()}, most of them "
-        left_out += ", ".join(f"{number} {kind}" for kind, number in others.most_common(10)) or "none"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(10)) or "none"
+        left_out = f"left out: {others.total()}, most of them {kinds}"
         if not inside:
             raise DataError(f"{path}: no image in this folder ({left_out})")
         if others:
@@ -129,8 +129,7 @@ def append(path, entries):
     """Append to the JSON list in a file, which holds a whole list whatever happens meanwhile. Raises OSError."""
     with open(path, "r+b", buffering=0) as file:
         whole = file.seek(-len("]\n"), os.SEEK_END)
-        text = (LINE if entries and whole > len("[") else "") + LINE.join(map(json.dumps, entries)) + "]\n"
-        text = text.encode()
+        text = (LINE * bool(entries and whole > len("[")) + LINE.join(map(json.dumps, entries)) + "]\n").encode()
         try:
             while text:
                 text = text[file.write(text) :]  # as much as the disk takes, and an error if that is nothing
@@ -147,31 +146,14 @@ def parse_arguments():
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="Image files, or folders of them.")
     add("--checkpoint", required=True, metavar="FILE", help="A checkpoint of train.py or convert.py.")
-    add(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="The folder for the overlays, detections.json, and images.json, which lists every image with its id, "
-        "size, overlay and number of detections.",
-    )
+    add("--output", required=True, metavar="DIR", help="The folder for the overlays, detections.json and images.json.")
     add("--recursive", action="store_true", help="Take the images in folders inside of folders as well.")
-    add(
-        "--score-threshold",
-        type=fraction,
-        default=0.3,
-        metavar="S",
-        help="Leave out detections below this score, 0 to 1 (default: 0.3).",
-    )
+    threshold = "Leave out detections below this score, 0 to 1 (default: 0.3)."
+    add("--score-threshold", type=fraction, default=0.3, metavar="S", help=threshold)
     limit = "Keep at most so many detections of an image (default: 100)."
     add("--max-detections", type=cli.positive, default=100, metavar="N", help=limit)
-    add(
-        "--layer",
-        type=cli.count,
-        nargs="+",
-        metavar="N",
-        help="Take the predictions of decoder layer N instead of the last, 0 being the decoder's input. Several are "
-        "drawn side by side, and their detections go to detections_N.json. Name the images before this flag.",
-    )
+    layer = "Take decoder layer N, 0 being the decoder's input; several side by side. Name the images before this flag."
+    add("--layer", type=cli.count, nargs="+", metavar="N", help=layer)
     cli.add_model_arguments(parser)
     return parser.parse_args()
 
@@ -217,13 +199,11 @@ def main():
             for path in [*lists, listing]:
                 write_list(path, [])
             with cli.Progress("predict", len(entries)) as progress:
-                say = partial(progress.say, file=sys.stderr)
                 for entry, name in zip(entries, names, strict=True):
-                    done, *results = predict(entry, find, layers, checkpoint, output / name, say)
-                    for path, some in zip(lists, results, strict=False):
+                    done, results = predict(entry, find, layers, checkpoint, output / name, progress.say)
+                    for path, some in zip([*lists, listing], [*results, [entry | done]], strict=True):
                         append(path, some)
                     entry |= done
-                    append(listing, [entry])
                     progress.step()
     finally:
         with contextlib.suppress(OSError):  # of a full disk, where those that are done are listed
@@ -238,33 +218,33 @@ def main():
 def predict(entry, find, layers, checkpoint, overlay, say):
     """Detect objects in the image of an entry of images.json, and write the overlay.
 
-    find: a function of a list of images, as `detect`. Returns what completes the entry, then COCO's results of every
-    layer; of an image that cannot be read, or whose name is none for the disk, only an entry that says so.
+    find: a function of a list of images, as `detect`. Returns what completes the entry, and COCO's results of every
+    layer: none of an image that cannot be read, or whose name is none for the disk, with an entry that says so.
     """
     path, classes = entry["file_name"], checkpoint["classes"]
     category_ids = checkpoint.get("category_ids", range(1, len(classes) + 1))
     try:
         image = read_image(path)
         if (pages := count_pages(path)) > 1:
-            say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken")
+            say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", sys.stderr)
         found = [detections for [detections] in find([image])]
         pictures = [draw_instances(image, detections, classes) for detections in found]
         if len(layers) > 1:
             pictures = [side_by_side(pictures, [f"layer {layer}" if layer else "layer 0 (input)" for layer in layers])]
-        cli.write_whole(overlay, lambda temporary: save_png(pictures[0], temporary))
+        cli.write_whole(overlay, partial(save_png, pictures[0]))
     except (DataError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in BAD_NAME:
             raise
         reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        say(f"predict.py: {reason}")
-        return [{"error": reason}]
-    counts = [len(detections["scores"]) for detections in found]
-    done = {"width": image.shape[2], "height": image.shape[1], "overlay": overlay.name}
-    done["detections"] = counts if len(layers) > 1 else counts[0]
+        say(f"predict.py: {reason}", sys.stderr)
+        return {"error": reason}, [[] for _ in layers]
     results = [coco_results(detections, entry["id"], category_ids) for detections in found]
     names = dict(zip(category_ids, map(str, classes), strict=True))
-    more = [[r | {"file_name": path, "category": names[r["category_id"]]} for r in layer] for layer in results]
-    return [done, *more]
+    for result in chain(*results):
+        result |= {"file_name": path, "category": names[result["category_id"]]}
+    counts = [len(some) for some in results]
+    size = {"width": image.shape[2], "height": image.shape[1]}
+    return size | {"overlay": overlay.name, "detections": counts if len(layers) > 1 else counts[0]}, results
 
 
 if __name__ == "__main__":
