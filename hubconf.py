@@ -39,11 +39,11 @@ def _modules(*names):
             ours = take()
             sys.modules.update(theirs)
         for name, module in ours.items():
+            module.__name__ = alias(name)
+            sys.modules[alias(name)] = module
             for value in vars(module).values():
                 if isinstance(value, type | types.FunctionType) and value.__module__ == name:
                     value.__module__ = alias(name)
-            module.__name__ = alias(name)
-            sys.modules[alias(name)] = module
     return [sys.modules[alias(name)] for name in names]
 
 
@@ -69,12 +69,10 @@ def _entry(preset):
         else:
             model, content = _checkpoint.load_model(checkpoint, overrides=overrides)
             classes = content["classes"]
-        for name in ("backbone", "di", "bato"):
-            found, expected = getattr(model.config, name), getattr(config, name)
-            if found != expected and name not in overrides:
-                reason = f"is no {preset}, its {name} is {found}, not {expected}"
-                raise ValueError(f"{checkpoint}: {reason}; load another entry")
-        model.classes, model.masks = None if classes is None else list(map(str, classes)), _decoder.masks
+        for name in sorted({"backbone", "di", "bato"} - overrides.keys()):
+            if (found := getattr(model.config, name)) != (expected := getattr(config, name)):
+                raise ValueError(f"{checkpoint}: is no {preset}, its {name} is {found}, not {expected}; load another")
+        model.classes, model.masks = classes and list(map(str, classes)), _decoder.masks
         return model
 
     build.__doc__ = f"""{"DI-MaskDINO" if config.di else "Mask DINO"}, as a torch.nn.Module in evaluation mode.
@@ -103,8 +101,8 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
     The image: a path; a PIL image; a uint8 array (H, W, 3) RGB; a tensor (3, H, W) RGB, uint8 or float in [0, 1].
     The detections: {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in pixels of the image, masks (k, H, W) bool},
     best first, on the CPU; `predictor.classes[label]` is the name of a class. Files and PIL images are turned upright
-    first. Raises ValueError for a checkpoint or an image that it cannot take. A process that has this folder can be
-    sent one: its pickle holds the weights.
+    first. Raises ValueError for what it cannot take. It can be pickled, with its weights, for processes that have this
+    folder.
     """
 
     def __init__(self, checkpoint, device="auto", score_threshold=0.3, max_detections=100):
@@ -117,15 +115,15 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
             model.load_state_dict(content["model"])
         else:
             model, content = _checkpoint.load_model(checkpoint)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.classes = model.to(auto if device == "auto" else device), list(map(str, content["classes"]))
         self.settings = device, score_threshold, max_detections
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.classes = model.to(device), list(map(str, content["classes"]))
 
     def __call__(self, image):
-        _, score_threshold, max_detections = self.settings
+        _, threshold, most = self.settings
         with _without_tf32():
-            images, limits = [_pixels(image)], {"topk": max_detections, "score_threshold": score_threshold}
-            [[found]] = _detections.detect(self.model, images, **limits)
+            [[found]] = _detections.detect(self.model, [_pixels(image)], topk=most, score_threshold=threshold)
         return found
 
     def __reduce__(self):
@@ -153,27 +151,25 @@ def _without_tf32():
 
 def _pixels(image):
     """An image as `predictor` takes it -> (3, H, W) uint8 RGB. Raises ValueError."""
-    found = f"a {type(image).__name__}"
     if isinstance(image, str | os.PathLike):
         return _images.read_image(image)
+    found = type(image).__name__
+    if isinstance(image, np.ndarray | torch.Tensor):
+        found += f" of {image.dtype}, shape {tuple(image.shape)}"
     if isinstance(image, PIL.Image.Image):
-        found = f"a PIL image of mode {image.mode}"
-        if not image.mode.startswith(("I", "F")):  # more than 8 bits: PIL would clip them
+        found += f" of mode {image.mode}"
+        if image.mode[0] not in "IF":  # of more than 8 bits: PIL would clip them
             image = np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-    if isinstance(image, np.ndarray):
-        found = f"an array of {image.dtype}, shape {image.shape}"
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-            image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if isinstance(image, torch.Tensor):
-        found = f"a tensor of {image.dtype}, shape {tuple(image.shape)}"
-        if image.dim() == 3 and image.shape[0] == 3 and image.numel():
-            if image.dtype == torch.uint8:
-                return image.cpu()
-            if image.is_floating_point():
-                low, high = (x.item() for x in image.aminmax())
-                if 0 <= low and high <= 1:
-                    return (image.detach().cpu().float() * 255).round().to(torch.uint8)
-                found += f", values from {low:.3g} to {high:.3g}"
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3 and image.numel():
+        if image.dtype == torch.uint8:
+            return image.cpu()
+        if image.is_floating_point():
+            low, high = (x.item() for x in image.aminmax())
+            if 0 <= low and high <= 1:
+                return (image.detach().cpu().float() * 255).round().to(torch.uint8)
+            found += f", values from {low:.3g} to {high:.3g}"
     raise ValueError(
         f"image: {found}; expected a path, a PIL image with 8 bits a channel, a uint8 array (H, W, 3) RGB, or a tensor "
         "(3, H, W) RGB, uint8 or float in [0, 1]"

@@ -68,20 +68,20 @@ def test_the_predictor_takes_every_form_of_an_image(small_checkpoint, photo):
 
 
 @pytest.mark.parametrize("image, found", [
-    (5, "a int"),
-    (None, "a NoneType"),
-    ([np.zeros((9, 9, 3), np.uint8)], "a list"),
-    (np.zeros((9, 9), np.uint8), r"an array of uint8, shape \(9, 9\)"),
-    (np.zeros((9, 9, 4), np.uint8), r"an array of uint8, shape \(9, 9, 4\)"),
+    (5, "int"),
+    (None, "NoneType"),
+    ([np.zeros((9, 9, 3), np.uint8)], "list"),
+    (np.zeros((9, 9), np.uint8), r"ndarray of uint8, shape \(9, 9\)"),
+    (np.zeros((9, 9, 4), np.uint8), r"ndarray of uint8, shape \(9, 9, 4\)"),
     (np.zeros((0, 9, 3), np.uint8), r"shape \(0, 9, 3\)"),
-    (np.zeros((9, 9, 3)), "an array of float64"),
-    (torch.zeros(1, 3, 9, 9), r"a tensor of torch.float32, shape \(1, 3, 9, 9\)"),
+    (np.zeros((9, 9, 3)), "ndarray of float64"),
+    (torch.zeros(1, 3, 9, 9), r"Tensor of torch.float32, shape \(1, 3, 9, 9\)"),
     (torch.zeros(9, 9, 3), r"shape \(9, 9, 3\)"),
-    (torch.zeros(3, 9, 9, dtype=torch.int64), "a tensor of torch.int64"),
-    (torch.zeros(3, 9, 9, dtype=torch.complex64), "a tensor of torch.complex64"),
+    (torch.zeros(3, 9, 9, dtype=torch.int64), "Tensor of torch.int64"),
+    (torch.zeros(3, 9, 9, dtype=torch.complex64), "Tensor of torch.complex64"),
     (torch.full((3, 9, 9), 200.0), "values from 200 to 200"),
     (torch.full((3, 9, 9), float("nan")), "values from nan"),
-    (Image.new("F", (9, 9)), "a PIL image of mode F"),
+    (Image.new("F", (9, 9)), "Image of mode F"),
 ])  # fmt: skip
 def test_anything_else_gets_an_error_that_says_what_is_expected(predictor, image, found):
     with pytest.raises(ValueError, match=found + r".*; expected a path, .*\(3, H, W\) RGB"):
