@@ -1,9 +1,8 @@
 """Builds the compiled deformable attention of csrc/ beside ops.py: `python setup.py build_ext --inplace`.
 
-Works from any directory, with setuptools 65 or newer. The CPU op is always built, the CUDA op where torch has CUDA and
-there is an nvcc, for the architectures of TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for 7.5 (CUDA 12: 7.0)
-and all later ones. Neither is needed: without them the model runs in plain PyTorch, so a build that fails says so in
-one line and is no error.
+It works from any directory. The CPU op is always built, the CUDA op where torch has CUDA and there is an nvcc, for the
+architectures of TORCH_CUDA_ARCH_LIST, else of the GPUs present, else for all from 7.5 (CUDA 12: 7.0) on. Neither is
+needed: without them the model runs in plain PyTorch, so a build that fails says so in one line and is no error.
 """
 
 import logging
@@ -33,26 +32,19 @@ def cuda_home():
             return folder
 
 
-def find_cuda():
-    """Where torch has CUDA, the toolkit's folder, which cpp_extension is told; says how to get one where none is."""
-    version = torch.version.cuda
-    new = version and int(version.split(".")[0]) >= 13
-    if version and not (home := cuda_home()):
-        # Of CUDA 12, pip has no nvcc; later, it would pair it with the newest nvvm and crt, which do not go together.
+version, home = torch.version.cuda, None
+if version and not (home := cuda_home()):
+    advice = f"install NVIDIA's CUDA toolkit {version} and set CUDA_HOME"
+    if version >= "13":  # pip has no nvcc of CUDA 12; of a later one, it takes the newest nvvm and crt unless told
         names = [f'"nvidia-{name}=={version}.*"' for name in ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")]
         advice = f"set CUDA_HOME, or: {sys.executable} -m pip install {' '.join(names)}"
-        advice = advice if new else f"install NVIDIA's CUDA toolkit {version} and set CUDA_HOME"
-        print(f"setup.py: there is no nvcc, so csrc is built for the CPU; on a GPU {INSTEAD}. {advice}")
-    elif version:
-        os.environ["CUDA_HOME"] = str(home)
-        if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            oldest = "7.5" if new else "7.0"  # that nvcc compiles for
-            os.environ["TORCH_CUDA_ARCH_LIST"] = f"{oldest};8.0;9.0+PTX"  # 8.0 serves 8.x, PTX what comes after 9.0
-            print(f"setup.py: no GPU here; the CUDA op is for all from {oldest} on, TORCH_CUDA_ARCH_LIST names others")
-        return home
-
-
-home = find_cuda()  # before cpp_extension is imported, which looks in fewer places
+    print(f"setup.py: there is no nvcc, so csrc is built for the CPU; on a GPU {INSTEAD}. {advice}")
+elif version:
+    os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported, which looks in fewer places
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        oldest = "7.5" if version >= "13" else "7.0"  # that nvcc compiles for
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{oldest};8.0;9.0+PTX"  # 8.0 serves 8.x, PTX what comes after 9.0
+        print(f"setup.py: no GPU here; the CUDA op is for all from {oldest} on, TORCH_CUDA_ARCH_LIST names others")
 os.chdir(Path(__file__).resolve().parent)  # setuptools takes every path from the working directory
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU, no ninja: all this is no trouble
 from torch.utils import cpp_extension  # noqa: E402
