@@ -69,17 +69,16 @@ class CocoInstances(Dataset):
         are visible: labels (n,) int64; boxes (n, 4) float32, xyxy in pixels; masks (n, H, W) bool.
         """
         index, generator = (key[0], torch.Generator().manual_seed(key[1])) if isinstance(key, tuple) else (key, None)
-        instances = {}
-        if self.training and self.augmentation:
+        if not self.training:
+            image, instances = resize_shorter(self._read(index)[0], *self.test_size), {}
+        elif not self.augmentation:
+            image, instances = self.ground_truth(index)
+        else:
             size, scale = self.augmentation
             image, annotations = self._read(index)
             placement = draw_augmentation(image.shape[1:], size, scale, generator)
             image, *placed = augment(image, [a["segmentation"] for a in annotations], *placement, size)
             instances = self._instances(annotations, *placed)
-        elif self.training:
-            image, instances = self.ground_truth(index)
-        else:
-            image = resize_shorter(self._read(index)[0], *self.test_size)
         entry = self.coco.imgs[self.image_ids[index]]
         target = {"image_id": entry["id"], "original_size": (entry["height"], entry["width"])}
         return F.to_dtype(image, torch.float32, scale=True), target | instances
@@ -144,9 +143,8 @@ def augment(image, segmentations, flip, resized, offset, size):
 
     image: (3, H, W) uint8. segmentations: one per instance as pycocotools takes them: a list of polygons
     [x0, y0, x1, y1, ...] in pixels, or RLE, compressed or not. flip: whether left and right change places. resized:
-    (h, w) of the whole image; offset: (y, x) of the crop in it; size: of the crop, height and width.
-
-    Returns the image (3, size, size) uint8 and `place_instances`' boxes, masks and kept.
+    (h, w) of the whole image; offset: (y, x) of the crop in it; size: of the crop, height and width. Returns the image
+    (3, size, size) uint8 and `place_instances`' boxes, masks and kept.
     """
     pixels = F.resize(image, list(resized), antialias=True).numpy()
     pixels = pixels[:, :, ::-1] if flip else pixels
@@ -165,20 +163,18 @@ def place_instances(segmentations, image_size, flip, resized, offset, window):
     there. Those whose box has no extent are left out; those whose mask has no pixel are not.
     """
     image_size, resized, offset, window = (np.array(pair[::-1]) for pair in (image_size, resized, offset, window))
-    boxes, patches, kept = [], [], []
+    placed = []  # (index, box, first pixel, RLE) of those that are there
     for index, segmentation in enumerate(segmentations):
         place = _place_rle if isinstance(segmentation, dict) else _place_polygons
         box, *patch = place(segmentation, image_size, flip, resized, offset, window)
         if (box[1] - box[0] > 1e-5).all():
-            boxes.append(box)
-            patches.append(patch)
-            kept.append(index)
-    masks = _zeros(len(kept), *window[::-1].tolist())
-    for mask, ((left, top), rle) in zip(masks.numpy(), patches, strict=True):
+            placed.append((index, box, *patch))
+    masks = _zeros(len(placed), *window[::-1].tolist())
+    for mask, (*_, (left, top), rle) in zip(masks.numpy(), placed, strict=True):
         height, width = rle["size"]
         mask[top : top + height, left : left + width] = mask_utils.decode(rle)
-    boxes = torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4))
-    return boxes, masks, torch.tensor(kept, dtype=torch.int64)
+    boxes = np.array([box for _, box, *_ in placed], dtype=np.float32).reshape(-1, 4)
+    return torch.from_numpy(boxes), masks, torch.tensor([index for index, *_ in placed], dtype=torch.int64)
 
 
 def _zeros(*shape):
@@ -194,10 +190,7 @@ def _zeros(*shape):
 
 
 def _place_polygons(polygons, image_size, flip, resized, offset, window):
-    """One instance's box [(x0, y0), (x1, y1)] float64, and a patch of its mask: the first pixel (x, y) and an RLE.
-
-    All pairs are (x, y). The patch has the pixels that the box touches, since pixels of the whole window take long.
-    """
+    """One instance's box [(x0, y0), (x1, y1)] float64, and the pixels that it touches: the first (x, y) and an RLE."""
     placed = []
     for polygon in polygons:
         points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
@@ -293,7 +286,7 @@ def to_device(batch, device):
     """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
     images, targets = batch
     move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
-    return [move(image) for image in images], [{k: move(v) for k, v in target.items()} for target in targets]
+    return list(map(move, images)), [{key: move(value) for key, value in target.items()} for target in targets]
 
 
 # --- training batches: randomness follows from the seed and the position, so that a resumed run repeats nothing

@@ -31,14 +31,11 @@ def read_bdd100k(bitmask_dir, image_dir):
     names; crowds and ignored instances have iscrowd 1. Raises DataError, naming the file and what is wrong with it.
     """
     bitmasks, pictures = _files(bitmask_dir, ".png"), _files(image_dir, ".jpg")
-    for some, others, lacking in (
-        (bitmasks, pictures, (image_dir, ".jpg")),
-        (pictures, bitmasks, (bitmask_dir, ".png")),
-    ):
-        if alone := [path for name, path in some.items() if name not in others]:
-            more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-            what = f"{lacking[0]} has no {alone[0].stem}{lacking[1]}{more}"
-            raise DataError(f"{alone[0]}: {what}; add it, image and bitmask belong together")
+    if alone := sorted(bitmasks.keys() ^ pictures.keys()):
+        name, more = alone[0], f" ({len(alone)} files stand alone)" if len(alone) > 1 else ""
+        there, other, suffix = (bitmasks, image_dir, "jpg") if name in bitmasks else (pictures, bitmask_dir, "png")
+        what = f"{other} has no {name}.{suffix}{more}; add it, image and bitmask belong together"
+        raise DataError(f"{there[name]}: {what}")
     images, annotations = [], []
     progress = tqdm(bitmasks.items(), desc="read bitmasks", leave=False, disable=None)
     for image_id, (name, path) in enumerate(progress, start=1):

@@ -163,8 +163,8 @@ def _normalise(dataset, image_dir, need_annotations):
     for start in range(0, len(annotations), 2_000):
         for (kind, index), why in check_segmentations(annotations[start : start + 2_000], sizes).items():
             faults.setdefault((kind, start + index), why)
-    useless = _report(annotations, faults, notes)
-    dataset["annotations"] = annotations = [a for index, a in enumerate(annotations) if index not in useless]
+    if useless := _report(annotations, faults, notes):
+        annotations[:] = [annotation for index, annotation in enumerate(annotations) if index not in useless]
     if need_annotations and not annotations:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
     if annotations and all(max(annotation["bbox"]) <= 1 for annotation in annotations):
@@ -293,12 +293,11 @@ def _pixels(image, field):
 def _check_numbers(annotations, faults):
     """Bring iscrowd into one form, and area, to None what is no number of pixels."""
     for index, annotation in enumerate(annotations):
-        flags = annotation.get("iscrowd"), annotation.get("ignore")
         try:
-            annotation["iscrowd"] = FLAGS[flags[0]] | FLAGS[flags[1]]
+            annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
         except (KeyError, TypeError):
-            why = f"iscrowd {short(flags[0])}, ignore {short(flags[1])}, expected 0 or 1"
-            faults.setdefault((REFUSED, index), why)
+            flags = ", ".join(f"{flag} {short(annotation.get(flag))}" for flag in ("iscrowd", "ignore"))
+            faults.setdefault((REFUSED, index), f"{flags}, expected 0 or 1")
         area = annotation.get("area")
         if type(area) not in (int, float) or not 0 < area < 1e15:
             annotation["area"] = None

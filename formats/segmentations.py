@@ -54,7 +54,8 @@ def check_segmentations(annotations, sizes):
     if polygons:
         _measure(annotations, polygons, np.array(owners), bounds, faults)
     boxes = np.frombuffer(b"".join(boxes)).reshape(-1, 4).T.reshape(2, 2, -1)
-    _compare(annotations, np.array([sizes[a["image_id"]][::-1] for a in annotations], float).T, bounds, boxes, faults)
+    limits = np.array([sizes[annotation["image_id"]] for annotation in annotations], float).T[::-1]
+    _compare(annotations, limits, bounds, boxes, faults)
     return faults
 
 
