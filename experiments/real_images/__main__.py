@@ -197,13 +197,14 @@ def plot(runs, path):
     figure.savefig(path, dpi=130)
 
 
-def pictures(args, folders, path, count=5, threshold=0.5):
+def pictures(args, folders, path, count=5, threshold=0.3):
     """JPEG of held-out images side by side: in the first row the ground truth, below what the systems' runs detect.
 
     folders: {system: folder of its run}. The images are spread over those whose names --pictures fits; prints them.
     """
     detectors = [open_run(folder)[0] for folder in folders.values()]
-    dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, our_settings(args)[0].test_size)
+    seen = CocoInstances(*coco_paths(args.data_root, "val"), False, our_settings(args)[0].test_size)
+    dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, (512, 1024))  # as drawn
     names = [dataset.coco.imgs[image_id]["file_name"] for image_id in dataset.image_ids]
     fitting = [i for i, name in enumerate(names) if re.fullmatch(args.pictures, name)]
     chosen = fitting[:: max(1, len(fitting) // count)][:count]
@@ -213,7 +214,7 @@ def pictures(args, folders, path, count=5, threshold=0.5):
     columns = []
     for index in chosen:
         image, truth = dataset.ground_truth(index)
-        found = [detector([image / 255], [image.shape[1:]])[-1][0] for detector in detectors]
+        found = [detector([seen[index][0]], [image.shape[1:]])[-1][0] for detector in detectors]
         shown = [{key: value[one["scores"] >= threshold] for key, value in one.items()} for one in found]
         columns.append([(image, instances, dataset.classes) for instances in (truth, *shown)])
     Image.fromarray(draw_rows(columns).permute(1, 2, 0).numpy()).reduce(2).save(path, quality=85)
