@@ -83,8 +83,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
                 annotation["segmentation"]["counts"] = rle["counts"].decode()
                 annotations.append({"id": len(annotations) + 1} | annotation)
         categories = [{"id": i, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES, start=1)]
-        contents[path] = {"info": {"description": "generated shapes", "settings": settings}, "images": images,
-                          "annotations": annotations, "categories": categories}  # fmt: skip
+        info = {"description": "generated shapes", "settings": settings}
+        contents[path] = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     for path, content in contents.items():
         _write(path, json.dumps(content).encode())
 

@@ -333,7 +333,11 @@ def _find_files(images, image_dir, notes):
             advice = "give the folder that has them all"
             raise DataError(f"images {other!r} and {given!r} would both be {name!r} in {image_dir}; {advice}")
     if missing:
-        what = f"the first is {short(missing[0])}, {_nearest(missing[0], alike(''))}; check the image folder"
+        wanted, names = _plain(SEPARATOR.split(missing[0])[-1]), alike("")
+        ends = lambda name: os.path.commonprefix((name, wanted)) + os.path.commonprefix((name[::-1], wanted[::-1]))  # noqa: E731
+        nearest = max(names.items(), key=lambda pair: len(ends(pair[0])), default=None)
+        there = f"the nearest name there is {short(nearest[1][0])}" if nearest else "the folder is empty"
+        what = f"the first is {short(missing[0])}, {there}; check the image folder"
         raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, {what}")
     if again:
         notes.append(f"{len(again)} images have the file of another one; the first is {again[0]}")
@@ -359,13 +363,6 @@ def _find_file(given, image_dir, alike):
         if found:
             return found[0]
     return None
-
-
-def _nearest(given, names):
-    """What a message says of the name in a folder (`_by_plain_name`) with the most letters of a path at both ends."""
-    wanted = _plain(SEPARATOR.split(given)[-1])
-    ends = lambda name: sum(len(os.path.commonprefix(pair)) for pair in ((name, wanted), (name[::-1], wanted[::-1])))  # noqa: E731
-    return f"the nearest name there is {short(names[max(names, key=ends)][0])}" if names else "the folder is empty"
 
 
 def _plain(name):
@@ -407,13 +404,13 @@ def coco_results(detections, image_id, category_ids):
     detections: its masks may be RLE already, from `encode_masks`. category_ids: category id of every label.
     Raises InputError where a score or a box is NaN or infinite.
     """
-    scores, boxes = detections["scores"].tolist(), box_convert(detections["boxes"], "xyxy", "xywh").tolist()
+    scores, labels, masks = detections["scores"].tolist(), detections["labels"].tolist(), detections["masks"]
+    boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-        raise InputError(f"image {image_id}: the predicted scores or boxes are not finite (NaN): the checkpoint is"
-                         " damaged or its training diverged; give another one")  # fmt: skip
-    labels, masks = detections["labels"].tolist(), detections["masks"]
-    masks = masks if isinstance(masks, list) else encode_masks(masks)
+        why = "the predicted scores or boxes are not finite (NaN): the checkpoint is damaged or its training diverged"
+        raise InputError(f"image {image_id}: {why}; give another one")
+    found = zip(scores, labels, boxes, masks if isinstance(masks, list) else encode_masks(masks), strict=True)
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": rle}
-        for score, label, box, rle in zip(scores, labels, boxes, masks, strict=True)
+        for score, label, box, rle in found
     ]

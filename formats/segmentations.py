@@ -69,7 +69,8 @@ def _measure(annotations, polygons, owners, bounds, faults):
         cross[last] = x[last] * y[starts] - x[starts] * y[last]
         areas = np.add.reduceat(cross, starts)
     # A figure of eight may have no signed area either: flat is what lies on a line.
-    flat = [i for i in np.flatnonzero(np.abs(areas) < 1e-6) if _on_line(polygons[i])]
+    lines = ((i, np.reshape(polygons[i], (-1, 2))) for i in np.flatnonzero(np.abs(areas) < 1e-6))
+    flat = [i for i, points in lines if np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2]
     for i in flat:
         shape = annotations[owners[i]]["segmentation"]
         shape[:] = [polygon for polygon in shape if polygon is not polygons[i]]
@@ -82,11 +83,6 @@ def _measure(annotations, polygons, owners, bounds, faults):
         for corner, ufunc in enumerate((np.minimum, np.maximum)):
             for axis, numbers in enumerate((x, y)):
                 bounds[corner, axis, having] = ufunc.reduceat(ufunc.reduceat(numbers, starts)[solid], first)
-
-
-def _on_line(polygon):
-    points = np.array(polygon).reshape(-1, 2)
-    return np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2
 
 
 def _compare(annotations, limits, bounds, boxes, faults):
