@@ -39,8 +39,8 @@ def read_checkpoint(path):
         weights = find_weights(path, checkpoint)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; check the path") from None
-    except PermissionError as error:  # of the system, or of `open_weights` for a pickle
-        raise InputError(f"{path}: cannot be read ({error.strerror})" if error.errno else foreign) from None
+    except PermissionError:  # only a pickle could open it
+        raise InputError(foreign) from None
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     missing = [repr(key) for key in ("config", "classes") if key not in checkpoint]
@@ -62,19 +62,28 @@ def load_model(path, device="cpu", overrides=None):
     try:
         model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its config is not one of this version ({reason})") from None
+        raise InputError(f"{path}: its config is not one of this version ({first_words(error)})") from None
     if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
         settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]
-        reason = f"in {' and '.join(settings)}: " if settings else ""
-        reason += "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise InputError(f"{path}: its weights and its config do not fit ({reason})")
+        where = f"in {' and '.join(settings)}: " * bool(settings)
+        raise InputError(f"{path}: its weights and its config do not fit ({where}{some_of(problems, 3, '; ')})")
     for key in ("classes", "category_ids"):
         if len(checkpoint.get(key, classes)) != model.config.num_classes:
             numbers = f"{len(checkpoint[key])} {key} for {model.config.num_classes} classes"
             raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
     model.load_state_dict(weights)
     return model.to(device).eval(), checkpoint
+
+
+def first_words(error):
+    """What an exception says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def some_of(names, most=10, between=", "):
+    """Names in a line, the first `most` and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return between.join(names[:most] + more) or "none"
 
 
 def save_checkpoint(path, checkpoint, keep=None):
@@ -96,7 +105,7 @@ def save_checkpoint(path, checkpoint, keep=None):
     try:
         write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+        reason = getattr(error, "strerror", None) or first_words(error)
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
         raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
@@ -121,14 +130,10 @@ def link(path, name):
 class Output:
     """The folder that one training writes to, checkpoints and log, locked while its process lives.
 
-    folder  need not exist yet; before `begin`, nothing is written but the lock, in a folder that exists
-    resume  whether to go on from the newest checkpoint in it, if there is one: `resumed`, (path, content) or None
-
-    Of several processes that of rank 0 writes. Raises InputError where another training writes to the folder or has
-    left what this one would overwrite.
+    resume: whether to go on from the newest checkpoint in it, if there is one: `resumed`, (path, content) or None.
+    Of several processes that of rank 0 writes, and before `begin` nothing but the lock, in a folder that exists. Raises
+    InputError where another training writes to the folder or has left what this one would overwrite.
     """
-
-    TRACES = ("checkpoint.pt", "previous.pt", "best.pt", "log.jsonl")
 
     def __init__(self, folder, resume):
         self.folder, self.lock, self.resumed = Path(folder), False, None
@@ -140,13 +145,13 @@ class Output:
         if process_rank() == 0:
             self.lock = lock_file(self.folder / ".lock")
         self.resumed = newest_checkpoint(self.folder) if resume else None
-        there = [name for name in self.TRACES if (path := self.folder / name).exists() and path.stat().st_size]
-        if resume and "log.jsonl" in there:  # alone, it is of a training that came to no checkpoint
-            there.remove("log.jsonl")
+        # A log alone is of a training that came to no checkpoint.
+        traces = ("checkpoint.pt", "previous.pt", "best.pt", *(() if resume else ("log.jsonl",)))
+        there = [name for name in traces if (path := self.folder / name).exists() and path.stat().st_size]
         if there and not self.resumed:
             what = "but no checkpoint to resume; choose" if resume else "go on with --resume or choose"
-            names = ", ".join(there)
-            raise InputError(f"{self.folder}: holds {names} of an earlier training; {what} another --output")
+            left = f"{self.folder}: holds {', '.join(there)} of an earlier training"
+            raise InputError(f"{left}; {what} another --output")
 
     def begin(self, iteration):
         """Make the folder, and the log that of a training after so many iterations; returns the log's entries."""
@@ -172,10 +177,9 @@ class Output:
 
 
 def lock_file(path):
-    """Lock a file as long as this process lives; returns what holds the lock, or None where there are no locks.
+    """Lock a file until this process ends, however it does; returns what holds the lock, None where there are no locks.
 
-    The system releases it whatever ends the process. It is not shared with processes that this one starts and that may
-    outlive it, such as those that load data. Raises InputError if another process holds it.
+    Processes that this one starts do not share it, as they may outlive it. Raises InputError if another one holds it.
     """
     try:
         file = open(path, "a")  # noqa: SIM115
@@ -191,9 +195,8 @@ def lock_file(path):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and os.access(path, os.W_OK):
             several = "; several processes of one training are started with torchrun" * ("SLURM_NTASKS" in os.environ)
-            raise InputError(
-                f"{path.parent}: another training writes to this folder; choose another --output{several}"
-            ) from None
+            another = f"{path.parent}: another training writes to this folder"
+            raise InputError(f"{another}; choose another --output{several}") from None
         warn(f"{path}: cannot be locked ({error.strerror}); start no second training in this folder")
         return None
 
@@ -213,23 +216,22 @@ def newest_checkpoint(output):
 
 def check_config(path, checkpoint, config, settings):
     """Raise InputError where a checkpoint was made with another Config or other of the settings, naming them."""
-    found = checkpoint["config"] | checkpoint["settings"]
-    expected = asdict(config) | settings
+    found, expected = checkpoint["config"] | checkpoint["settings"], asdict(config) | settings
     expected.pop("grad_checkpoint")  # changes no result
-    different = [f"{name} {str(found.get(name))[:80]} instead of {str(value)[:80]}" for name, value in expected.items()
-                 if found.get(name) != value]  # fmt: skip
+    different = [name for name, value in expected.items() if found.get(name) != value]
+    different = [f"{name} {str(found.get(name))[:80]} instead of {str(expected[name])[:80]}" for name in different]
     if different:
-        raise InputError(
-            f"{path}: is of another model or training ({', '.join(different)}); resume it with its own flags, or start "
-            "a new training from its weights with --init and another --output"
+        advice = (
+            "resume it with its own flags, or start a new training from its weights with --init and another --output"
         )
+        raise InputError(f"{path}: is of another model or training ({', '.join(different)}); {advice}")
 
 
 def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
     """Go on with a training: put model, optimizer and scaler into the state in which the checkpoint was written.
 
-    settings, schedule: those of now; a schedule may be another than that of the checkpoint. Returns lines to print.
-    Raises InputError.
+    settings, schedule: those of now; the schedule may be another than the checkpoint's. Returns lines to print. Raises
+    InputError.
     """
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
@@ -238,14 +240,13 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler and checkpoint["scaler"]:
+        if checkpoint["scaler"]:  # of float16
             scaler.load_state_dict(checkpoint["scaler"])
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be resumed ({reason}); start from its weights with --init") from None
+        raise InputError(f"{path}: cannot be resumed ({first_words(error)}); start from it with --init") from None
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["base_lr"] = rate  # the flags', which may be new
-    changed = [name for name, value in vars(schedule).items() if checkpoint["schedule"].get(name) != value]
+    changed = [name for name, value in schedule._asdict().items() if checkpoint["schedule"].get(name) != value]
     lines = [f"the schedule has changed in {', '.join(changed)}"] if changed else []
     return [f"resuming {path} after iteration {checkpoint['iteration']}", *lines]
 
@@ -259,23 +260,19 @@ def read_log(path, iteration):
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
             entries.append(json.loads(line))
     entries = [entry for entry in entries if entry["iteration"] <= iteration]
-    write_whole(path, lambda temporary: temporary.write_text("".join(json.dumps(e) + "\n" for e in entries)))
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
 
 
 def add_start_arguments(parser):
     """The flags that name what a training starts from."""
     add = parser.add_argument_group("starting point").add_argument
-    kinds = (
-        "torchvision's name, e.g. ResNet50_Weights.IMAGENET1K_V1; a file of torchvision, Microsoft's Swin or Detectron2"
-    )
-    default = "torchvision's ImageNet weights; for tiny, none"
-    add(
-        "--backbone-weights", metavar="NAME-OR-FILE", help=f"pretrained backbone: {kinds}; or none (default: {default})"
-    )
+    kinds = "torchvision's name of weights, a file of torchvision, Microsoft's Swin or Detectron2, or none"
+    help_text = f"pretrained backbone: {kinds} (default: ImageNet's; for tiny, none)"
+    add("--backbone-weights", metavar="NAME-OR-FILE", help=help_text)
     add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
-    pickle = "a pickle, such as Detectron2's .pkl, which can run any program it holds"
-    add("--trust-pickle", action="store_true", help=f"allow --backbone-weights to be {pickle}")
+    pickle = "allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds"
+    add("--trust-pickle", action="store_true", help=pickle)
 
 
 def load_starting_point(model, args, classes):
@@ -286,10 +283,8 @@ def load_starting_point(model, args, classes):
     if source == "none" or (source is None and not model.config.frozen_batch_norm):
         return ["the backbone starts from random weights"]
     if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
-        raise InputError(
-            f"--backbone-weights is needed for {name}: give Microsoft's file, for swin_l_384 "
-            "swin_large_patch4_window12_384_22k.pth, or none to start from random weights"
-        )
+        file = "Microsoft's file, for swin_l_384 swin_large_patch4_window12_384_22k.pth"
+        raise InputError(f"--backbone-weights is needed for {name}: give {file}, or none to start from random weights")
     try:
         source = source or str(torchvision.models.get_model_weights(name).IMAGENET1K_V1)
         load_backbone_weights(model.backbone, source, args.trust_pickle)
@@ -300,16 +295,12 @@ def load_starting_point(model, args, classes):
 
 def load_init(model, path, classes):
     """Load what fits of a checkpoint; what belongs to classes is loaded only if they are the same. Returns lines."""
-    checkpoint = read_checkpoint(path)
-    state = model.state_dict()
-    of_classes = {name for name in state if name.startswith(("heads.class_head.", "denoising.label_embedding."))}
-    found = {
-        name: value
-        for name, value in checkpoint["model"].items()
-        if name in state
-        and value.shape == state[name].shape
-        and (name not in of_classes or checkpoint["classes"] == classes)
-    }
+    checkpoint, state = read_checkpoint(path), model.state_dict()
+    fits = lambda name, value: name in state and value.shape == state[name].shape  # noqa: E731
+    found = {name: value for name, value in checkpoint["model"].items() if fits(name, value)}
+    if checkpoint["classes"] != classes:
+        of_classes = ("heads.class_head.", "denoising.label_embedding.")
+        found = {name: value for name, value in found.items() if not name.startswith(of_classes)}
     if not found:
         raise InputError(f"{path}: nothing in it fits this model; give a checkpoint of a similar preset")
     model.load_state_dict(found, strict=False)
@@ -320,9 +311,3 @@ def load_init(model, path, classes):
         f"  start anew, as they are for other classes, of another shape or not in it: {some_of(kept)}",
         f"  in it but not in this model: {some_of(unused)}",
     ]
-
-
-def some_of(names, most=10):
-    """Names in a line, the first `most` and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more or "none"

@@ -2,16 +2,15 @@
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import re
 import signal
 import sys
-import time
 import uuid
 import warnings
 from dataclasses import fields, replace
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,25 +75,18 @@ def config_from(args):
     return replace(PRESETS[args.preset], **given)
 
 
-def count(text):
-    """An argparse type: an integer, 0 or more."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return int(text)
+def at_least(least, kind):
+    """An argparse type: a finite number of a kind, int or float, not below the least."""
+
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
+        return kind(text)
+
+    return number
 
 
-def positive(text):
-    """An argparse type: an integer, 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
-
-
-def not_negative(text):
-    """An argparse type: a finite number, 0 or more."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text}")
-    return float(text)
+count, positive, not_negative = at_least(0, int), at_least(1, int), at_least(0, float)
 
 
 def data_kind(args):
@@ -121,21 +113,15 @@ def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annot
     if bool(annotation_file) != bool(image_dir):
         missing = "images" if annotation_file else "json"
         raise DataError(f"{flags} belong together: --{split}-{missing} is missing")
-    if annotation_file:
-        pass
-    elif kind is None:
+    if not annotation_file and kind is None:
         alone = "; or train without evaluation, with --no-eval" if split == "val" and hasattr(args, "evaluate") else ""
         raise DataError(f"{flags} are missing: files are given for the other split alone{alone}")
-    elif kind in ("shapes", "shapes-hard"):
+    if not annotation_file:
+        if kind in ("coco", "bdd100k") and not args.data_root:
+            raise DataError(f"--data {kind} needs --data-root, or {flags}")
         generate_shapes(args)
-        annotation_file, image_dir = coco_paths(args.data_root or f"runs/{kind}", split)
-    elif not args.data_root:
-        raise DataError(f"--data {kind} needs --data-root, or {flags}")
-    elif kind == "bdd100k":
-        annotation_file, image_dir = bdd100k_paths(args.data_root, split)
-        read = read_bdd100k
-    else:
-        annotation_file, image_dir = coco_paths(args.data_root, split)
+        paths, read = (bdd100k_paths, read_bdd100k) if kind == "bdd100k" else (coco_paths, read)
+        annotation_file, image_dir = paths(args.data_root or f"runs/{kind}", split)
     keep_empty = getattr(args, "keep_empty", False)
     return CocoInstances(annotation_file, image_dir, split == "train", test_size, augmentation, keep_empty, read)
 
@@ -143,39 +129,24 @@ def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annot
 def warn_of_crowded_images(dataset, config):
     """Warn of images with more instances than the model has queries to find them or, in training, for denoising."""
     counts = [len(dataset.instances[image_id]) for image_id in dataset.image_ids]
-    hold = lambda limit: f"{sum(n > limit for n in counts)} of {len(counts)} images hold more instances"  # noqa: E731
-    most = max(counts, default=0)
-    if most > (queries := config.selections[-1]):
-        warn(
-            f"{hold(queries)} than the model has queries, up to {most}: it can find {queries} in an image; the "
-            "last number of --selections sets how many"
-        )
-    if most > (denoising := config.denoising_queries) > 0:
-        warn(
-            f"{hold(denoising)} than the {denoising} denoising queries: a batch with one of them trains without "
-            "denoising, and learns more slowly; raise --denoising-queries"
-        )
+    hold = lambda limit: f"{sum(n > limit for n in counts)} of {len(counts)} images hold more instances than"  # noqa: E731
+    most, queries, denoising = max(counts, default=0), config.selections[-1], config.denoising_queries
+    if most > queries:
+        advice = f"it can find {queries} in an image; the last number of --selections sets how many"
+        warn(f"{hold(queries)} the model has queries, up to {most}: {advice}")
+    if most > denoising > 0:
+        advice = "trains without denoising, and learns more slowly; raise --denoising-queries"
+        warn(f"{hold(denoising)} the {denoising} denoising queries: a batch with one of them {advice}")
 
 
 def add_model_arguments(parser):
     """The flags that say how a model runs, the same in every program."""
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
-    add(
-        "--precision",
-        choices=["auto", "float32", "bfloat16", "float16", "published"],
-        default="auto",
-        help="of the model's activations; boxes, the scores that select, matching and losses are always in float32. "
-        "published: float16, with encoder, interaction layers and decoder layers in float32 (default: auto, bfloat16 "
-        "on a GPU that has it, float16 on others, float32 on the CPU). float32 is exact: TF32 is off, for matrix "
-        "products and convolutions alike",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the layers with torch.compile: the first images take minutes longer, the others less time; "
-        "needs a C++ compiler, on a GPU also Triton, which comes with PyTorch for Linux",
-    )
+    kinds = ["auto", "float32", "bfloat16", "float16", "published"]
+    default = "default: auto, bfloat16 on a GPU that has it, float16 on others, float32 on the CPU"
+    add("--precision", choices=kinds, default="auto", help=f"of activations; published: float16 in part ({default})")
+    add("--compile", action="store_true", help="torch.compile: the first images take minutes longer, the others less")
 
 
 def prepare_model(model, args, device):
@@ -230,41 +201,37 @@ def require_compiler(flag, device):
 
 def choose_device(name):
     """torch.device of "cpu", "cuda", ... or, for "auto", a GPU if there is one. Raises InputError for one not there."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if there else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: no such device; use cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no usable CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
-    try:
         if device.type not in ("cpu", "cuda"):
             torch.ones(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
+        raise InputError(f"--device {name}: no such device to use here ({reason}); use cpu, cuda or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= there:
+        why = f"there are {there} GPUs here, numbered from 0" if there else "no usable CUDA GPU here; use --device cpu"
+        raise InputError(f"--device {name}: {why}")
     # By default PyTorch takes TF32, with 10 bits of mantissa, for convolutions and not for matrix products.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 
-def percent(value):
-    """A metric for printing."""
-    return "    -" if value is None else f"{value:5.1f}"
-
-
 def write_whole(path, write):
-    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError.
+    """`write(temporary path)`, then rename: `path` holds what it did or all that is new. Raises OSError, naming `path`.
 
-    The temporary file's name is its own, whoever else writes to the folder, and short, however long that of `path` is.
+    write: a function, or the text to write. The temporary file's name is its own, whoever else writes to the folder,
+    and short, however long that of `path` is.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        write(temporary)
+        temporary.write_text(write) if isinstance(write, str) else write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -274,97 +241,77 @@ def write_whole(path, write):
 
 
 class Console:
-    """A text stream that takes every word: what its encoding lacks is escaped, and what nobody takes is dropped.
+    """sys.stdout or sys.stderr that takes every word: what its encoding lacks is escaped, what nobody takes is dropped.
 
-    stream: sys.stdout or sys.stderr. Neither is there under pythonw or where the shell has closed it; the reader of a
-    pipe may have ended, as `head` does; a Windows console or a pipe may know cp1252 alone; a disk may be full.
+    Neither is there under pythonw or where the shell has closed it; the reader of a pipe may have ended, as `head`
+    does; a Windows console or a pipe may know cp1252 alone; a disk may be full.
     """
 
     def __init__(self, stream):
-        if stream is None or stream.closed:
-            stream = open(os.devnull, "w", encoding="utf-8")
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            self._attempt(partial(stream.reconfigure, errors="backslashreplace"))
+        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None or stream.closed else stream
+        self.attempt("reconfigure", errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        self._attempt(self.stream.write, text)
+        self.attempt("write", text)
         return len(text)
 
     def flush(self):
-        self._attempt(self.stream.flush)
+        self.attempt("flush")
 
-    def _attempt(self, function, *arguments):
+    def attempt(self, method, *arguments, **options):
         try:
-            function(*arguments)
-        except (BlockingIOError, RuntimeError, UnicodeError):  # RuntimeError: in a signal's handler, amid other words
-            pass
+            getattr(self.stream, method)(*arguments, **options)
+        except (AttributeError, BlockingIOError, RuntimeError, UnicodeError):
+            pass  # RuntimeError: in a signal's handler, amid other words
         except (OSError, ValueError):  # ValueError: closed meanwhile
+            nowhere = open(os.devnull, "w", encoding="utf-8")
             with contextlib.suppress(OSError, ValueError):  # what is still in its buffer must not fail at the end
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.stream.fileno())
-                os.close(nowhere)
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.stream = nowhere
 
 
 def make_console_safe():
     """Let sys.stdout and sys.stderr be a `Console`, and the file descriptors 0 to 2 be no file that is opened later."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    sys.stdout, sys.stderr = (
-        stream if isinstance(stream, Console) else Console(stream) for stream in (sys.stdout, sys.stderr)
-    )
+    while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(lowest_free)
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Console):
+            setattr(sys, name, Console(getattr(sys, name)))
 
 
-class Progress(contextlib.AbstractContextManager):
-    """How far a program is, on stderr: tqdm's bar on a terminal, else a line at least every 30 s.
+class Progress(tqdm):
+    """How far a program is, on stderr: a bar on a terminal, else a line at least every 30 s, if no step takes longer.
 
-    what   the work, e.g. "evaluate"
-    total  of the things to do, `done` of them before; `unit` is what they are called
-
+    what: the work, e.g. "evaluate"; total: the number of things to do, `done` of them before; unit: what these are.
     The bar goes when the block ends. Of several processes that of rank 0 speaks.
     """
 
-    EVERY, BAR_EVERY = 30.0, 3.0  # seconds between lines, and between what is shown beside a bar
+    EVERY = 15.0  # seconds after which the next step prints a line
 
     def __init__(self, what, total, done=0, unit="images"):
-        self.what, self.total, self.done, self.unit, self.first = what, total, done, unit, done
-        self.begin = self.said = self.last = time.monotonic()  # of all, of the last line, and of the last step
         columns = 0
         with contextlib.suppress(OSError, ValueError):  # no terminal; a container's may have no size, and show no bar
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
-        quiet = process_rank() > 0 or columns == 0
-        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, disable=quiet, file=sys.stderr)
-
-    def __exit__(self, *_):
-        self.bar.close()
+        self.lines = columns == 0
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}" if self.lines else None
+        file, every = (io.StringIO(), self.EVERY) if self.lines else (sys.stderr, 1)
+        how = {"bar_format": line, "file": file, "mininterval": every, "miniters": 1, "leave": False}
+        super().__init__(desc=what, total=total, initial=done, unit=unit, disable=process_rank() > 0, **how)
 
     def step(self, count=1, shown=dict):
         """`count` more are done. shown(): {name: value} to show beside it, called only where it is shown."""
-        self.done += count
-        self.bar.update(count)
-        now, every = time.monotonic(), self.EVERY if self.bar.disable else self.BAR_EVERY
-        late = now + (now - self.last) > self.said + every  # after one more step it would be
-        self.last = now
-        if process_rank() > 0 or not late:
-            return
-        self.said = now
-        if not self.bar.disable:
-            self.bar.set_postfix(shown())
-            return
-        rate = (self.done - self.first) / max(1e-9, now - self.begin)
-        left = timedelta(seconds=round((self.total - self.done) / rate))
-        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} a second, {left} left"
-        self.say(", ".join([line, *(f"{name} {value}" for name, value in shown().items())]), sys.stderr)
+        if self.update(count):
+            self.set_postfix(shown(), refresh=not self.lines)
+            if self.lines:
+                self.say(str(self), sys.stderr)
 
     def say(self, line, file=None):
         """Print a line, above the bar if there is one; on stdout or in another file."""
-        self.bar.write(line, file=file or sys.stdout)
+        self.write(line, file=file or sys.stdout)
         (file or sys.stdout).flush()
 
 
@@ -388,29 +335,28 @@ def run_program(main):
         dist.destroy_process_group()
 
 
-# What exceptions say where a limit of the machine is reached, and what the program says then.
+# Where a limit of the machine is reached: what an exception's class and words say then, and what the program says.
 LIMITS = {
-    r"shared memory|Bus error": "the memory that loader processes share (/dev/shm) is full; give a container more with "
+    "MemoryError|DefaultCPUAllocator": "out of memory{asked}; use smaller images, a smaller batch, or another --device",
+    "NotImplementedError.*device|Could not run": "the device cannot run the model ({text}); use --device cpu",
+    "shared memory|Bus error": "the memory that loader processes share (/dev/shm) is full; give a container more with "
     "--shm-size (docker run --shm-size=8g), or load in this process with --workers 0",
-    r"Too many open files|ancdata": "too many open files; raise the limit (ulimit -n), or use --workers 0",
-    r"DataLoader worker .*(exited|killed)": "a loader process was ended from outside, perhaps for lack of memory; use "
+    "Too many open files|ancdata": "too many open files; raise the limit (ulimit -n), or use --workers 0",
+    "DataLoader worker .*(exited|killed)": "a loader process was ended from outside, perhaps for lack of memory; use "
     "fewer --workers",
 }
 
 
 def reason_of(error):
     """The line for an exception that the input, the files or the machine are to blame for; None for any other."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
-        asked = re.search(r"allocate (?:memory: you tried to allocate )?([\d.]+ ?\w+)", text)
-        asked = f" ({asked[1]} asked for)" if asked else ""
-        return f"out of memory{asked}; use smaller images, a smaller batch, or another --device"
-    if isinstance(error, NotImplementedError) and "device" in text or "Could not run" in text:
-        return f"the device cannot run the model ({text[:150]}); use --device cpu"
-    if isinstance(error, OSError | RuntimeError):
-        for pattern, reason in LIMITS.items():
-            if re.search(pattern, text):
-                return reason
-    if isinstance(error, OSError):
-        return str(error).rstrip().split("\n")[-1]  # a loader process sends its traceback, the error being its end
-    return str(error) if isinstance(error, DataError | InputError) else None
+    if isinstance(error, DataError | InputError):
+        return str(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
+    for pattern, line in LIMITS.items():
+        if re.search(pattern, text):
+            return line.format(text=text[:150], asked=f" ({asked[1]} asked for)" if asked else "")
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: cannot be read or written ({error.strerror}); check the path and its rights"
+    # A loader process sends its traceback, the error being its end.
+    return str(error).rstrip().split("\n")[-1] if isinstance(error, OSError) else None

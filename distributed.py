@@ -24,19 +24,17 @@ def join_processes(device):
     rank, world, local_rank = (environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world is None and (tasks := environment("SLURM_NTASKS") or 1) > 1:
         warn(f"SLURM_NTASKS is {tasks} and WORLD_SIZE not set: each process works alone; torchrun makes them one")
-    if world is None or world == 1:
+    if world in (None, 1):
         return device, 0, 0, 1
     if rank is None or not 0 <= rank < world:
         raise InputError(f"RANK is {rank} of WORLD_SIZE {world} processes; start them with torchrun")
     if device.type == "cuda":
         there = torch.cuda.device_count()
-        if local_rank is None and there > 1:
-            raise InputError(
-                f"LOCAL_RANK, which of the {there} GPUs is this process's, is not set; start with torchrun"
-            )
-        if not 0 <= (local_rank or 0) < there:
-            raise InputError(f"LOCAL_RANK is {local_rank}, this node has {there} GPU(s); lower --nproc_per_node")
-        device = torch.device("cuda", local_rank or 0)
+        local_rank = 0 if local_rank is None and there == 1 else local_rank
+        if local_rank is None or not 0 <= local_rank < there:
+            here = f"LOCAL_RANK is {local_rank}, this node has {there} GPU(s)"
+            raise InputError(f"{here}; start with torchrun, and lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     try:
         # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host. The timeout is
@@ -70,24 +68,24 @@ def process_count():
 
 
 def gather(value):
-    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one."""
+    """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one.
+
+    Raises InputError where a process is gone.
+    """
     if process_count() == 1:
         return [value]
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     try:
-        sizes = [size.item() for size in exchange(torch.tensor([len(data)]))]
-        parts = exchange(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
+        longest = max(exchange(torch.tensor([len(data)])))
+        parts = exchange(torch.nn.functional.pad(data, (0, longest.item() - len(data))))
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:150]
         raise InputError(f"another process than {dist.get_rank()} has ended or is out of reach ({reason})") from None
-    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+    return [pickle.loads(part.numpy()) for part in parts]  # each ends where its pickle ends, whatever follows
 
 
 def exchange(tensor):
-    """The tensor of every process, all of one size. Raises RuntimeError where one is gone.
-
-    `all_gather_object` waits where no signal is heard; here one that waits can be ended, and says that it waits.
-    """
+    """The tensor of every process, all of one size; unlike `all_gather_object`, heeds signals and says if it waits."""
     everywhere, begin = [torch.empty_like(tensor) for _ in range(process_count())], time.monotonic()
     work, patience = dist.all_gather(everywhere, tensor, async_op=True), PATIENCE
     while not work.is_completed():
@@ -124,17 +122,12 @@ def require_same(**settings):
     everywhere = gather(settings)
     differing = [name for name in settings if any(found[name] != everywhere[0][name] for found in everywhere)]
     for name in differing:
-        others = {}
-        for rank, found in enumerate(everywhere):
-            others.setdefault(str(found[name]), []).append(str(rank))
-        warn(f"{name}: " + ", ".join(f"{value} in process {' '.join(ranks)}" for value, ranks in others.items()))
-    if differing and process_rank() > 0:
-        sys.exit(1)
-    if differing:
-        raise InputError(
-            f"the processes differ in {', '.join(differing)}; start all with the same flags and, to resume, with the "
-            "same checkpoint.pt in --output on every node"
-        )
+        values = [str(found[name]) for found in everywhere]
+        first = {value: values.index(value) for value in values}
+        warn(f"{name}: " + ", ".join(f"{value} in process {rank}" for value, rank in first.items()))
+    advice = "start all with the same flags and, to resume, with the same checkpoint.pt in --output on every node"
+    error = InputError(f"the processes differ in {', '.join(differing)}; {advice}")
+    end_if(error if differing else None)
 
 
 def say(line):

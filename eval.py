@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import io
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
@@ -63,10 +63,14 @@ def mean(values):
 
 def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None,
                  labels=None, stopping=lambda: False):  # fmt: skip
-    """COCO results of a model on a data set made with training=False, for every layer a list, image by image.
+    """COCO results of a model on a data set made with training=False: for the last layer or every one a list, by image.
 
-    Arguments as of `evaluate`. Of several processes the first has all results, the others have none; None where
-    `stopping`. Raises InputError for NaN.
+    max_detections: the best so many detections of an image count. autocast: dtype of torch.autocast, None for none.
+    labels: the model's label of each of the data set's classes (`match_classes`), where they are not the same.
+    stopping: called before each batch; where it returns True in any process, all leave off and return None.
+
+    Of several processes the first has all results, the others have none. Leaves the model in evaluation mode. Raises
+    InputError for NaN in the predictions.
     """
     model.eval()
     # Padding changes what the model sees, so that only images of one size share a batch: each is as if it were alone.
@@ -107,8 +111,7 @@ def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_d
 def score(dataset, results, max_detections=100, per_class=False):
     """Numbers of what `find_results` returned: `average_precision` of the last layer, "classes" on request.
 
-    Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...], from the decoder's input, 0, to
-    the last layer.
+    Of several layers also "layers": [{"layer": 0, "box": {...}, "mask": {...}}, ...], from the decoder's input, 0, on.
     """
     layers = [average_precision(dataset.coco, found, dataset.image_ids, max_detections) for found in results]
     scores = layers[-1] if per_class else {kind: layers[-1][kind] for kind in ("box", "mask")}
@@ -117,39 +120,28 @@ def score(dataset, results, max_detections=100, per_class=False):
     return scores
 
 
-def evaluate(model, dataset, workers=0, per_layer=False, batch_size=4, max_detections=100, autocast=None, labels=None,
-             stopping=lambda: False):  # fmt: skip
-    """Box and mask AP of a model on a data set made with training=False, the same in every process.
-
-    max_detections: the best so many detections of an image count. autocast: dtype of torch.autocast, None for none.
-    labels: the model's label of each of the data set's classes (`match_classes`), where they are not the same.
-    stopping: called before each batch; where it returns True in any process, all leave off and return None.
-
-    Returns {"box": {"AP": percent, ...}, "mask": {...}}, with per_layer also "layers", see `average_precision` and
-    `score`. Leaves the model in evaluation mode. Raises InputError for NaN in the predictions.
-    """
-    results = find_results(model, dataset, workers, per_layer, batch_size, max_detections, autocast, labels, stopping)
-    first = results is not None and distributed.process_rank() == 0
-    return distributed.gather(score(dataset, results, max_detections) if first else None)[0]
+def percent(value):
+    """A metric for printing."""
+    return "    -" if value is None else f"{value:5.1f}"
 
 
 def print_scores(scores):
     """Print the metrics and, where they are there, AP per class, and box AP, mask AP and their difference per layer."""
     print("       " + "  ".join(f"{metric:>5}" for metric in scores["box"]))
     for kind in ("box", "mask"):
-        print(f"{kind:5}  " + "  ".join(cli.percent(value) for value in scores[kind].values()))
+        print(f"{kind:5}  " + "  ".join(percent(value) for value in scores[kind].values()))
     if "classes" in scores:
         width = max(5, *(len(entry["name"]) for entry in scores["classes"]))
         print(f"\n{'class':{width}}  box AP  mask AP")
         for entry in scores["classes"]:
-            print(f"{entry['name']:{width}}   {cli.percent(entry['box'])}    {cli.percent(entry['mask'])}")
+            print(f"{entry['name']:{width}}   {percent(entry['box'])}    {percent(entry['mask'])}")
     if "layers" in scores:
         print("\nlayer      box AP  mask AP  box - mask")
         for entry in scores["layers"]:
             box, mask = entry["box"]["AP"], entry["mask"]["AP"]
             gap = None if None in (box, mask) else box - mask
             name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
-            print(f"{name:9}   {cli.percent(box)}    {cli.percent(mask)}       {cli.percent(gap)}")
+            print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
 
 
 def new_file(path, beginning):
@@ -158,25 +150,17 @@ def new_file(path, beginning):
     beginning: of the files of its kind. Raises InputError where it cannot be written or would replace another file.
     """
     path = Path(path)
+    if path.suffix != ".json":
+        raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
     try:
-        if path.suffix != ".json":
-            raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.open("rb").read(len(beginning)) not in (b"", beginning):
-            raise InputError(f"{path}: exists and is another kind of file; choose another name")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise InputError(f"{path}: cannot be written (no permission); choose another name")
+        tempfile.TemporaryFile(dir=path.parent).close()
+        there = path.open("rb").read(len(beginning)) if path.exists() else b""
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another name") from None
+    if there not in (b"", beginning):
+        raise InputError(f"{path}: exists and is another kind of file; choose another name")
     return path
-
-
-def write_file(path, text):
-    """Write a text whole or not at all. Raises InputError where the disk does not take it."""
-    try:
-        cli.write_whole(path, lambda temporary: temporary.write_text(text))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); what was there is untouched") from None
 
 
 def write_results(results, coco, path, masks_path):
@@ -193,7 +177,7 @@ def write_results(results, coco, path, masks_path):
             image, category = coco.imgs[result["image_id"]], coco.cats[result["category_id"]]
             ids = {"image_id": own(image), "category_id": own(category)}
             lines.append(json.dumps(ids | {key: result[key] for key in keys}))
-        write_file(file, "[\n" + ",\n".join(lines) + "\n]\n")
+        cli.write_whole(file, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def parse_arguments():
@@ -202,18 +186,14 @@ def parse_arguments():
     add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
     add("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
     add("--per-class", action="store_true", help="also box AP and mask AP of every class")
-    add("--max-detections", type=cli.positive, default=100, metavar="N",
-        help="detections of an image that count, the best ones (default: 100, as published)")  # fmt: skip
-    add("--output", metavar="FILE.json",
-        help="also write the numbers to this JSON file, and bar charts of them: with --per-layer to FILE.png, with "
-        "--per-class to FILE.classes.png")  # fmt: skip
-    add("--results", metavar="FILE.json",
-        help="also write the detections, as COCO results with the image ids of the annotation file: boxes and masks to "
-        "FILE.json, masks alone to FILE.segm.json, which APs, APm and APl of masks need in COCO's tools; data without "
-        "annotations will do")  # fmt: skip
+    best = "detections of an image that count, the best ones (default: 100, as published)"
+    add("--max-detections", type=cli.positive, default=100, metavar="N", help=best)
+    numbers = "also write the numbers to this file and, with --per-layer and --per-class, bar charts beside it"
+    add("--output", metavar="FILE.json", help=numbers)
+    results = "also write the detections, as COCO results: boxes and masks here, masks alone to FILE.segm.json"
+    add("--results", metavar="FILE.json", help=results)
     add("--batch-size", type=cli.positive, default=4, help="images at a time, of one size (default: 4)")
-    add("--split", choices=["val", "test"], default="val",
-        help="with --data coco, which images of --data-root to take (default: val)")  # fmt: skip
+    add("--split", choices=["val", "test"], default="val", help="with --data coco and --data-root (default: val)")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
     parser.set_defaults(test_json=None, test_images=None)
@@ -240,7 +220,7 @@ def main():
     if annotated:
         scores = score(dataset, found, args.max_detections, args.per_class)
         if output:
-            write_file(output, json.dumps(scores, indent=1) + "\n")
+            cli.write_whole(output, json.dumps(scores, indent=1) + "\n")
         if output and args.per_layer:
             save_layers(scores, output.with_suffix(".png"))
         if output and args.per_class:

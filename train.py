@@ -11,7 +11,6 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -20,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
-from cli import write_whole
 from config import PRESETS, InputError
 from data import seed_of, to_device, train_batches
 from detections import detect
 from drawing import draw_rows, save_png
-from eval import evaluate
+from eval import find_results, percent, score
 from formats.coco import check_sizes, match_classes
 from losses import SetCriterion
 from model import DIMaskDINO
@@ -83,8 +81,11 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+Schedule = namedtuple("Schedule", "batch_size step_size iterations milestones lr backbone_lr warmup")
+
+
 def make_schedule(args, num_images):
-    """What the flags and the number of training images make of the schedule: a namespace with
+    """What the flags and the number of training images make of the schedule:
 
     batch_size and step_size  images per forward pass and per optimizer step, over all processes
     iterations, milestones    of the whole schedule: its optimizer steps, and those at which the rates drop to a tenth
@@ -94,20 +95,14 @@ def make_schedule(args, num_images):
     given = lambda value, default: default if value is None else value  # noqa: E731  (0 is a value)
     batch_size = given(args.batch_size, recipe.batch_size)
     step_size = batch_size * args.accumulate
+    iterations = math.ceil(given(args.epochs, recipe.epochs) * num_images / step_size)
     if args.schedule and args.epochs is None:
         iterations = round(recipe.iterations * recipe.batch_size / step_size)
-    else:
-        iterations = math.ceil(given(args.epochs, recipe.epochs) * num_images / step_size)
+    milestones = given(args.milestones, [round(m / recipe.iterations * iterations) for m in recipe.milestones])
     lr = given(args.lr, recipe.lr * step_size / recipe.batch_size)
-    return SimpleNamespace(
-        batch_size=batch_size,
-        step_size=step_size,
-        iterations=iterations,
-        milestones=given(args.milestones, [round(m / recipe.iterations * iterations) for m in recipe.milestones]),
-        lr=lr,
-        backbone_lr=given(args.backbone_lr, lr * recipe.backbone_factor),
-        warmup=given(args.warmup, min(recipe.warmup, iterations // 10)),
-    )
+    backbone_lr = given(args.backbone_lr, lr * recipe.backbone_factor)
+    warmup = given(args.warmup, min(recipe.warmup, iterations // 10))
+    return Schedule(batch_size, step_size, iterations, milestones, lr, backbone_lr, warmup)
 
 
 def lr_factor(iteration, milestones, warmup):
@@ -136,16 +131,13 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
 def backward(model, criterion, batches, autocast=None, scaler=None, stopping=False):
     """Adds the gradients of one optimizer step to those there, as if all batches of all processes were one.
 
-    batches: [(images, targets), ...] on the model's device, or None where there are none to be had; autocast: dtype of
-    the activations, None for the model's.
+    batches: [(images, targets), ...] on the model's device; autocast: dtype of the activations, None for the model's.
     Returns the terms {name: scalar}, "loss" among them, of which the mean over the processes is that of the whole, and
-    whether any process is `stopping`. Where any has no batches, the terms are None, and nothing is done.
+    whether any process is `stopping`.
     """
-    counts = [len(target["labels"]) for _, targets in batches or () for target in targets]
-    everywhere = distributed.gather((sum(counts), stopping, batches is None))
-    if any(missing for *_, missing in everywhere):
-        return None, True
-    num_instances = max(1.0, sum(count for count, *_ in everywhere) / len(everywhere))
+    counts = [len(target["labels"]) for _, targets in batches for target in targets]
+    everywhere = distributed.gather((sum(counts), stopping))
+    num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
         waits = isinstance(model, DistributedDataParallel) and number < len(batches)
@@ -157,7 +149,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-    return sums, any(stop for _, stop, _ in everywhere)
+    return sums, any(stop for _, stop in everywhere)
 
 
 def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
@@ -166,7 +158,7 @@ def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
     for image, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
         [[found]] = detect(model, [image], score_threshold=threshold)
         columns.append([(image, target, dataset.classes), (image, found, classes)])
-    write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
+    cli.write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
 
 
 class Trainer:
@@ -178,8 +170,12 @@ class Trainer:
     def __init__(self, args, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
         config = cli.config_from(args)
-        self.open_data(config)
-        config = replace(config, num_classes=len(self.train_set.classes))
+        augmentation = (config.train_size, config.train_scale) if args.augment else None
+        self.train_set = cli.open_split(args, "train", config.test_size, augmentation)
+        self.val_set = cli.open_split(args, "val", config.test_size) if args.evaluate else None
+        if self.val_set is not None:
+            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
+            self.labels = match_classes(self.train_set.classes, self.val_set.classes)
         self.schedule = make_schedule(args, len(self.train_set))
         if self.schedule.batch_size % world:
             raise InputError(f"--batch-size {self.schedule.batch_size}: is not a multiple of the {world} processes")
@@ -194,66 +190,30 @@ class Trainer:
         self.window = {}  # sums of the terms since the last line of the log
         self.signals = []  # when the first one came
         self.output = checkpoint.Output(args.output, args.resume)
-        if args.resume and not self.output.resumed:
-            distributed.say(f"nothing to resume in {self.output.folder}: starting anew")
-        self.build(config)
-
-    def open_data(self, config):
-        """Open the data sets, and match the classes of one with those of the other."""
-        augmentation = (config.train_size, config.train_scale) if self.args.augment else None
-        self.train_set = cli.open_split(self.args, "train", config.test_size, augmentation)
-        self.val_set = cli.open_split(self.args, "val", config.test_size) if self.args.evaluate else None
-        if self.val_set is not None:
-            check_sizes(self.val_set.coco.dataset, self.val_set.image_dir)
-            self.labels = match_classes(self.train_set.classes, self.val_set.classes)
+        self.build(replace(config, num_classes=len(self.train_set.classes)))
 
     def build(self, config):
-        """Build the model and what trains it, in the state from which the training goes on."""
+        """Build the model and what trains it, in the state from which the training goes on, and say which that is."""
         torch.manual_seed(self.args.seed)
-        self.model, resumed, lines = DIMaskDINO(config), self.output.resumed, []
+        self.model, resumed = DIMaskDINO(config), self.output.resumed
         if not resumed:
             lines = checkpoint.load_starting_point(self.model, self.args, self.train_set.classes)
+            if self.args.resume:
+                lines.insert(0, f"nothing to resume in {self.output.folder}: starting anew")
         self.model.to(self.device)
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.prepare_model(self.model, self.args, self.device)
         self.criterion = SetCriterion(config)
         groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.autocast == torch.float16 else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         if resumed:
-            path, found = resumed
             states = self.model, self.optimizer, self.scaler
-            lines = checkpoint.restore(path, found, *states, self.settings, self.schedule)
-            self.iteration = self.saved = found["iteration"]
-            self.seconds = found["seconds"]
-            self.window = {name: value.to(self.device) for name, value in found["window"].items()}
-        for line in lines:
-            distributed.say(line)
-
-    def save(self, name="checkpoint.pt", agreed=True):
-        """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states.
-
-        agreed: whether all processes are here, for the means of their losses; otherwise the first saves its own.
-        """
-        window = self.whole_window() if agreed else {name: value.cpu() for name, value in self.window.items()}
-        if self.rank == 0:
-            content = {
-                "model": self.model.state_dict(),
-                "config": asdict(self.model.config),
-                "classes": self.train_set.classes,
-                "category_ids": self.train_set.category_ids,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict() if self.scaler else None,
-                "schedule": vars(self.schedule),
-                "settings": self.settings,
-                "epoch": self.epoch(self.iteration),
-                "iteration": self.iteration,
-                "seconds": time.perf_counter() - self.clock,
-                "window": window,
-            }
-            self.output.save(content, name)
-        if name == "checkpoint.pt":
-            self.saved = self.iteration
+            lines = checkpoint.restore(*resumed, *states, self.settings, self.schedule)
+            self.iteration = self.saved = resumed[1]["iteration"]
+            self.seconds = resumed[1]["seconds"]
+            self.window = resumed[1]["window"]
+        distributed.say("\n".join(lines))
 
     def describe(self):
         """Print in three lines what is going to be done, and warn of what is probably not meant."""
@@ -270,14 +230,7 @@ class Trainer:
             distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
         cli.warn_of_crowded_images(self.train_set, self.model.config)
 
-    def epoch(self, iteration):
-        """Whole passes over the training images after so many iterations."""
-        return iteration * self.schedule.step_size // len(self.train_set)
-
-    def ends_epoch(self, divisor=1):
-        """Whether the last iteration ended an epoch whose number the divisor divides, or the training."""
-        before, now = self.epoch(self.iteration - 1), self.epoch(self.iteration)
-        return self.iteration > 0 and (now // divisor > before // divisor or self.iteration == self.schedule.iterations)
+    # The loop
 
     def run(self):
         """Train to the end of the schedule, to --max-iterations, or to a signal; what ends it early saves first."""
@@ -290,173 +243,90 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.listen()
         self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
-        self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0  # begin, waiting, images of a line of the log
-        try:
-            with cli.Progress("train", self.stop, self.iteration, "iterations") as self.progress:
-                stopped = self.train()
-        except Exception as error:
-            place, reason = self.rescue(), cli.reason_of(error)
-            if place and reason:
-                raise InputError(f"{reason}; {place}") from error
-            if place:
-                distributed.warn(place)
-            raise
-        finally:
-            self.batches.close()  # and with them the processes that load them
+        self.begin_window()
+        progress = cli.Progress("train", self.stop, self.iteration, "iterations")
+        with contextlib.closing(self.batches), self.saving_first(), progress as self.progress:
+            stopped = self.train()
         if stopped:
             distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 
-    def listen(self):
-        """From now on, the first signal ends the training at the next step, and the second at once."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-                signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        now = time.monotonic()
-        if not self.signals:
-            self.signals.append(now)
-            print("stopping after this iteration; a second signal ends it at once", file=sys.stderr, flush=True)
-        # torchrun passes on what the terminal has sent to all processes, and `timeout` sends twice: that is one signal.
-        elif now - self.signals[0] > (5.0 if "WORLD_SIZE" in os.environ else 0.5):
-            for process in multiprocessing.active_children():  # they may wait for a disk
-                process.kill()
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def rescue(self):
-        """Save what there is, as far as that is possible. Returns words on what can be resumed, or None."""
-        self.optimizer.zero_grad()  # for the sake of memory
-        if self.rank == 0 and self.iteration > self.saved and not self.stepping:
-            with contextlib.suppress(Exception):  # the disk may be what is to blame
-                self.save(agreed=False)
-        path = self.output.folder / "checkpoint.pt"
-        return f"{path} holds iteration {self.saved}: --resume goes on from there" if self.saved else None
-
     def train(self):
         """Steps with their checkpoints and evaluations. Returns whether a signal ended them, in whichever process."""
-        args = self.args
+        every, stopping = self.args.eval_every, False
         evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
-        stopping = False
-        if self.ends_epoch(args.eval_every) and not distributed.gather(evaluated)[0]:
+        if self.ends_epoch(every) and not distributed.gather(evaluated)[0]:
             stopping = self.evaluate()  # it was interrupted in this one
         while self.iteration < self.stop and not stopping:
             stopping = self.step()
-            due = self.ends_epoch() or self.iteration == self.stop or self.iteration % args.save_every == 0
+            due = self.ends_epoch() or self.iteration == self.stop or self.iteration % self.args.save_every == 0
             if due or stopping:
                 self.save()
-            if self.ends_epoch(args.eval_every) and not stopping:
+            if self.ends_epoch(every) and not stopping:
                 stopping = self.evaluate()
         return stopping
+
+    def epoch(self, iteration):
+        """Whole passes over the training images after so many iterations."""
+        return iteration * self.schedule.step_size // len(self.train_set)
+
+    def ends_epoch(self, divisor=1):
+        """Whether the last iteration ended an epoch whose number the divisor divides, or the training."""
+        before, now = self.epoch(self.iteration - 1), self.epoch(self.iteration)
+        return self.iteration > 0 and (now // divisor > before // divisor or self.iteration == self.schedule.iterations)
 
     def step(self):
         """One iteration. Returns whether a signal is to end the training, in whichever process."""
         self.model.train()
+        self.model.backbone.train(not self.frozen)
         torch.backends.cudnn.benchmark = self.args.augment  # crops are of one size
-        if self.frozen:
-            self.model.backbone.eval()
         factor = lr_factor(self.iteration, self.schedule.milestones, self.schedule.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        batches, failure = self.load()
+        batches = distributed.together(self.load)
         torch.manual_seed(seed_of(self.args.seed, 2, self.iteration, self.rank))
         self.optimizer.zero_grad()
-        scaler, stopping = self.scaler, bool(self.signals)
-        terms, stopping = backward(self.parallel, self.criterion, batches, self.autocast, scaler, stopping)
-        if terms is None:  # there is no batch, here or in another process
-            if self.iteration > self.saved:
-                self.save()
-            distributed.end_if(failure)
-        if scaler:
-            scaler.unscale_(self.optimizer)
+        stopping = bool(self.signals)
+        terms, stopping = backward(self.parallel, self.criterion, batches, self.autocast, self.scaler, stopping)
+        self.scaler.unscale_(self.optimizer)  # which, as all of the scaler, does nothing but for float16
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.check_finite(terms, norm, batches)
+        terms = self.agree(terms, norm, batches)
         self.stepping = True
-        if scaler:
-            scaler.step(self.optimizer)
-            scaler.update()
-        else:
-            self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.iteration += 1
         self.stepping = False
         self.count(terms, self.schedule.lr * factor)
         return stopping
 
     def load(self):
-        """The batches of an iteration, on the device, and None; or None and the exception that there was instead."""
+        """The batches of an iteration, on the device."""
         before = time.perf_counter()
-        try:
-            loaded = [next(self.batches) for _ in range(self.args.accumulate)]
-            self.waited += time.perf_counter() - before
-            return [to_device(batch, self.device) for batch in loaded], None
-        except Exception as error:
-            return None, error
+        batches = [next(self.batches) for _ in range(self.args.accumulate)]
+        self.waited += time.perf_counter() - before
+        return [to_device(batch, self.device) for batch in batches]
 
-    def check_finite(self, terms, norm, batches):
-        """Raise InputError, before the step, if the loss or the gradient's norm is not finite in any process.
+    def agree(self, terms, norm, batches):
+        """The terms as numbers, means over the processes, of which some may have no denoising terms.
 
-        With a scaler, gradients that overflow are not an error: it skips the step and goes on with a smaller scale.
+        Raises InputError, before the step, if the loss or the gradient's norm is not finite in any process. With a
+        scaler, gradients that overflow are not an error: it skips the step and goes on with a smaller scale.
         """
-        overflows = self.scaler is not None and self.scaler.get_scale() >= 1
-        finite = bool(terms["loss"].isfinite() & (norm.isfinite() | overflows))
-        if all(distributed.gather(finite)):
-            return
-        names = [name for name, term in terms.items() if not math.isfinite(term)]
-        found = distributed.gather(([target["image_id"] for _, targets in batches for target in targets], names))
-        image_ids = [image_id for ids, _ in found for image_id in ids]
-        names = sorted({name for _, names in found for name in names if name != "loss"}) or ["the gradient"]
-        self.save("nonfinite.pt")
-        if self.rank > 0:
-            sys.exit(1)
-        raise InputError(
-            f"{self.output.folder}: iteration {self.iteration + 1}: {', '.join(names)} not finite on images "
-            f"{image_ids}; the state before it is in nonfinite.pt; look at these images, or lower --lr"
-        )
-
-    def count(self, terms, lr):
-        """Add the terms of an iteration to the window; at its end, a line of the log: means over its iterations."""
-        self.seen += self.schedule.step_size
-        for name, term in terms.items():
-            self.window[name] = self.window.get(name, 0) + term
-        self.progress.step(shown=lambda: self.shown(lr))
-        if self.iteration % LOG_EVERY and self.iteration != self.schedule.iterations:
-            return
-        window, steps = self.whole_window(), (self.iteration - 1) % LOG_EVERY + 1
-        if self.rank == 0:
-            now = time.perf_counter()
-            entry = {
-                "epoch": self.epoch(self.iteration),
-                "iteration": self.iteration,
-                "seconds": now - self.clock,
-                "lr": lr,
-                "images_per_second": self.seen / (now - self.since),
-                "waiting": self.waited / (now - self.since),  # share of the time in which there was no batch
-            }
-            if self.device.type == "cuda":
-                entry["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            self.output.write(entry | {name: float(value) / steps for name, value in window.items()})
-            self.since, self.waited, self.seen = now, 0.0, 0
-        self.window = {}
-
-    def shown(self, lr):
-        """What is shown beside the progress: the weighted terms since the last line of the log, rates and memory."""
-        steps, span = (self.iteration - 1) % LOG_EVERY + 1, time.perf_counter() - self.since
-        sums = {"loss": self.window["loss"]}
-        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
-        for kind, names in kinds.items():
-            sums[kind] = self.criterion.total({n: v for n, v in self.window.items() if n.startswith(names)})
-        shown = {name: f"{float(value) / steps:.2f}" for name, value in sums.items()}
-        shown |= {"lr": f"{lr:.1e}", "img/s": f"{self.seen / span:.1f}", "wait": f"{self.waited / span:.0%}"}
-        if self.device.type == "cuda":
-            shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
-        return shown
-
-    def whole_window(self):
-        """The window's sums as means over the processes, of which some may have no denoising terms; on the CPU."""
-        everywhere = distributed.gather({name: value.cpu() for name, value in self.window.items()})
-        names = dict.fromkeys(name for window in everywhere for name in window)
-        return {name: sum(window.get(name, 0) for window in everywhere) / self.world for name in names}
+        numbers = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
+        overflows = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        finite = math.isfinite(numbers["loss"]) and (overflows or math.isfinite(norm))
+        everywhere = distributed.gather((numbers, finite, [t["image_id"] for _, targets in batches for t in targets]))
+        names = dict.fromkeys(name for numbers, *_ in everywhere for name in numbers)
+        means = {name: sum(numbers.get(name, 0) for numbers, *_ in everywhere) / self.world for name in names}
+        if not all(finite for _, finite, _ in everywhere):
+            bad = ", ".join(name for name in sorted(means) if name != "loss" and not math.isfinite(means[name]))
+            where = (
+                f"{self.output.folder}: iteration {self.iteration + 1}: {bad or 'the gradient'} not finite on images "
+            )
+            where += str([image_id for *_, image_ids in everywhere for image_id in image_ids])
+            self.save("nonfinite.pt")
+            advice = "the state before it is in nonfinite.pt; look at these images, or lower --lr"
+            distributed.end_if(InputError(f"{where}; {advice}"))
+        return means
 
     def evaluate(self):
         """Evaluate, write the numbers and a picture, and keep the checkpoint if it is the best so far.
@@ -466,14 +336,106 @@ class Trainer:
         if self.val_set is None:
             return False
         torch.backends.cudnn.benchmark = False  # images are of many sizes
-        scores = evaluate(
+        results = find_results(
             self.model, self.val_set, self.args.workers, self.args.per_layer,
             autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
         )  # fmt: skip
-        if scores is not None and self.rank == 0:
-            self.write_scores(scores)
+        if results is not None and self.rank == 0:
+            self.write_scores(score(self.val_set, results))
+        self.begin_window()
+        return results is None
+
+    # What ends it early
+
+    def listen(self):
+        """From now on, the first signal ends the training at the next step, and the second at once."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signals.append(time.monotonic())
+        if len(self.signals) == 1:
+            print("stopping after this iteration; a second signal ends it at once", file=sys.stderr, flush=True)
+        # torchrun passes on what the terminal has sent to all processes, and `timeout` sends twice: that is one signal.
+        elif self.signals[-1] - self.signals[0] > (5.0 if "WORLD_SIZE" in os.environ else 0.5):
+            for process in multiprocessing.active_children():  # they may wait for a disk
+                process.kill()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def saving_first(self):
+        """An error that ends the block saves what there is, as far as it can, and says what can be resumed."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # SystemExit: the error is in another process
+            self.optimizer.zero_grad()  # for the sake of memory
+            if self.iteration > self.saved and not self.stepping:
+                with contextlib.suppress(Exception):  # the disk may be what is to blame
+                    self.save()
+            place = f"{self.output.folder / 'checkpoint.pt'} holds iteration {self.saved}: --resume goes on from there"
+            if self.saved and (reason := cli.reason_of(error)):
+                raise InputError(f"{reason}; {place}") from error
+            if self.saved:
+                distributed.warn(place)
+            raise
+
+    # What is written
+
+    def save(self, name="checkpoint.pt"):
+        """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
+        if self.rank == 0:
+            content = {
+                "model": self.model.state_dict(),
+                "config": asdict(self.model.config),
+                "classes": self.train_set.classes,
+                "category_ids": self.train_set.category_ids,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() or None,
+                "schedule": self.schedule._asdict(),
+                "settings": self.settings,
+                "epoch": self.epoch(self.iteration),
+                "iteration": self.iteration,
+                "seconds": time.perf_counter() - self.clock,
+                "window": self.window,
+            }
+            self.output.save(content, name)
+        if name == "checkpoint.pt":
+            self.saved = self.iteration
+
+    def begin_window(self):
+        """Begin to measure time for a line of the log: its begin, seconds without a batch, and images."""
         self.since, self.waited, self.seen = time.perf_counter(), 0.0, 0
-        return scores is None
+
+    def count(self, terms, lr):
+        """Add the terms of an iteration to the window; at its end, a line of the log: means over its iterations."""
+        self.seen += self.schedule.step_size
+        self.window = {name: self.window.get(name, 0) + terms.get(name, 0) for name in self.window | terms}
+        steps = (self.iteration - 1) % LOG_EVERY + 1
+        self.progress.step(shown=lambda: self.shown(lr, steps))
+        if steps == LOG_EVERY or self.iteration == self.schedule.iterations:
+            times = {"iteration": self.iteration, "seconds": time.perf_counter() - self.clock}
+            means = {name: value / steps for name, value in self.window.items()}
+            if self.rank == 0:
+                self.output.write({"epoch": self.epoch(self.iteration)} | times | self.rates(lr) | means)
+            self.begin_window()
+            self.window = {}
+
+    def shown(self, lr, steps):
+        """What is shown beside the progress: the weighted terms since the last line of the log, and `rates`."""
+        sums = {"loss": self.window["loss"]}
+        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
+        for kind, names in kinds.items():
+            sums[kind] = self.criterion.total({n: v for n, v in self.window.items() if n.startswith(names)})
+        return {name: value / steps for name, value in sums.items()} | self.rates(lr)
+
+    def rates(self, lr):
+        """The learning rate and, since the last line of the log, images a second and the share of time without one."""
+        span = time.perf_counter() - self.since
+        rates = {"lr": lr, "images_per_second": self.seen / span, "waiting": self.waited / span}
+        return rates | ({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {})
 
     def write_scores(self, scores):
         """Write the numbers of an evaluation and a picture, and say them."""
@@ -483,11 +445,10 @@ class Trainer:
             checkpoint.link(folder / "checkpoint.pt", "best.pt")
         self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
         if self.iteration == self.schedule.iterations:
-            text = json.dumps(scores, indent=1) + "\n"
-            write_whole(folder / "eval.json", lambda temporary: temporary.write_text(text))
+            cli.write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
         self.output.write(self.evaluations[-1])
         save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{epoch:03d}.png")
-        box, mask = (cli.percent(scores[kind]["AP"]) for kind in ("box", "mask"))
+        box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
         self.progress.say(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
 
 
@@ -498,7 +459,7 @@ def main():
     trainer = distributed.together(lambda: Trainer(args, device, rank, world))
     distributed.require_same(
         iteration=trainer.iteration, seconds=trainer.seconds, device=device.type, precision=str(trainer.autocast),
-        **trainer.settings, **vars(trainer.schedule), **asdict(trainer.model.config),
+        **trainer.settings, **trainer.schedule._asdict(), **asdict(trainer.model.config),
     )  # fmt: skip
     trainer.describe()
     trainer.run()

@@ -91,11 +91,15 @@ def open_weights(path, trust_pickle=False):
     whatever program the file holds; ValueError or OSError, in one line, for what cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
-    if kind := file_kind(path):
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; check the path")
+        kind = file_kind(path)
+    except PermissionError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    if kind:
         raise ValueError(f"{path}: is {kind}")
     try:
         if path.suffix == ".safetensors":

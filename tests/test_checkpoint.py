@@ -131,7 +131,7 @@ def test_a_file_without_rights(small_checkpoint, tmp_path):
     path = Path(shutil.copy(small_checkpoint, tmp_path / "c.pt"))
     path.chmod(0)
     process = Process(read_as_another_user, str(path), output=tmp_path / "read")
-    assert process.wait() == 1 and process.err.endswith("c.pt: cannot be read (Permission denied)\n"), process.err
+    assert process.wait() == 1 and process.err.endswith("c.pt: cannot be read (Permission denied); check its rights\n")
 
 
 def test_full_disk(shapes, tmp_path):

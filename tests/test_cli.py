@@ -211,14 +211,14 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "unknown preset": ("train coco", ["--preset", "huge"], "--preset: invalid choice: 'huge'"),
     "negative workers": ("train coco", ["--workers", "-1"], "--workers: must be 0 or more"),
     "workers in words": ("eval coco", ["--workers", "two"], "--workers: invalid"),
-    "no batch": ("eval coco", ["--batch-size", "0"], "--batch-size: 0 is not a positive integer"),
+    "no batch": ("eval coco", ["--batch-size", "0"], "--batch-size: must be 1 or more, not 0"),
     "no checkpoint": ("eval coco", ["--checkpoint", "DIR"], "is a folder; give the checkpoint file"),
     "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: no such device"),
     "unknown precision": ("train coco", ["--precision", "int8"], "--precision: invalid choice: 'int8'"),
     "unknown schedule": ("train coco", ["--schedule", "13ep"], "--schedule: invalid choice: '13ep'"),
-    "epochs in words": ("train coco", ["--epochs", "x"], "--epochs: invalid positive value: 'x'"),
-    "negative rate": ("train coco", ["--lr", "-1"], "--lr: must be a finite number, 0 or more, not -1"),
-    "rate of NaN": ("train coco", ["--backbone-lr", "nan"], "--backbone-lr: must be a finite number"),
+    "epochs in words": ("train coco", ["--epochs", "x"], "--epochs: invalid number value: 'x'"),
+    "negative rate": ("train coco", ["--lr", "-1"], "--lr: must be 0 or more, not -1"),
+    "rate of NaN": ("train coco", ["--backbone-lr", "nan"], "--backbone-lr: must be 0 or more, not nan"),
     "negative warm-up": ("train coco", ["--warmup", "-3"], "--warmup: must be 0 or more"),
     "negative seed": ("train coco", ["--seed", "-1"], "--seed: must be 0 or more"),
     "selections that grow": ("train coco", ["--selections", "30,60"], r"selections \(30, 60\)"),
@@ -306,6 +306,7 @@ def evaluate_with(streams, flags):
         else:
             setattr(sys, name, open(number, "w", encoding=streams, closefd=False))
     sys.argv = ["eval.py", *map(str, flags)]
+    evaluation.save_classes = lambda *_: None  # a chart takes longer than all the rest
     cli.run_program(evaluation.main)
 
 
@@ -462,7 +463,7 @@ def test_evaluation_in_half_precision(good, capsys, monkeypatch, precision):
         ({"RANK": "2"}, "RANK is 2 of WORLD_SIZE 2 processes"),
         ({}, "RANK is None of WORLD_SIZE 2 processes"),
         ({"RANK": "0"}, "the 2 processes do not find each other .*MASTER_ADDR.*torchrun"),
-        ({"RANK": "0", "cuda": 2}, "LOCAL_RANK is not set|LOCAL_RANK, which of the 2 GPUs"),
+        ({"RANK": "0", "cuda": 2}, "LOCAL_RANK is None, this node has 2 GPU.*torchrun"),
         ({"RANK": "0", "LOCAL_RANK": "2", "cuda": 2}, "LOCAL_RANK is 2, this node has 2 GPU.*--nproc_per_node"),
     ],
 )

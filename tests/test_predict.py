@@ -273,7 +273,7 @@ def test_an_output_that_cannot_be_is_said_before_the_model_loads(run, folder, tm
     (["--score-threshold", "1.5"], "--score-threshold: 1.5 is not between 0 and 1"),
     (["--score-threshold", "nan"], "--score-threshold: nan is not between 0 and 1"),
     (["--score-threshold", "half"], "--score-threshold: invalid fraction value: 'half'"),
-    (["--max-detections", "0"], "--max-detections: 0 is not a positive integer"),
+    (["--max-detections", "0"], "--max-detections: must be 1 or more, not 0"),
     (["--device", "meta"], "--device meta: cannot be used here"),
     (["--device", "mps"], "--device mps: cannot be used here"),
     (["--device", "xpu"], "--device xpu: cannot be used here"),
