@@ -384,24 +384,19 @@ class Trainer:
 
     # What is written
 
+    def now(self):
+        """How far the training is: whole epochs, iterations, and seconds, those before an interruption included."""
+        seconds = time.perf_counter() - self.clock
+        return {"epoch": self.epoch(self.iteration), "iteration": self.iteration, "seconds": seconds}
+
     def save(self, name="checkpoint.pt"):
         """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
         if self.rank == 0:
-            content = {
-                "model": self.model.state_dict(),
-                "config": asdict(self.model.config),
-                "classes": self.train_set.classes,
-                "category_ids": self.train_set.category_ids,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict() or None,
-                "schedule": self.schedule._asdict(),
-                "settings": self.settings,
-                "epoch": self.epoch(self.iteration),
-                "iteration": self.iteration,
-                "seconds": time.perf_counter() - self.clock,
-                "window": self.window,
-            }
-            self.output.save(content, name)
+            content = {"model": self.model.state_dict(), "config": asdict(self.model.config)}
+            content |= {"classes": self.train_set.classes, "category_ids": self.train_set.category_ids}
+            content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            content |= {"schedule": self.schedule._asdict(), "settings": self.settings, "window": self.window}
+            self.output.save(content | self.now(), name)
         if name == "checkpoint.pt":
             self.saved = self.iteration
 
@@ -416,10 +411,9 @@ class Trainer:
         steps = (self.iteration - 1) % LOG_EVERY + 1
         self.progress.step(shown=lambda: self.shown(lr, steps))
         if steps == LOG_EVERY or self.iteration == self.schedule.iterations:
-            times = {"iteration": self.iteration, "seconds": time.perf_counter() - self.clock}
             means = {name: value / steps for name, value in self.window.items()}
             if self.rank == 0:
-                self.output.write({"epoch": self.epoch(self.iteration)} | times | self.rates(lr) | means)
+                self.output.write(self.now() | self.rates(lr) | means)
             self.begin_window()
             self.window = {}
 
@@ -439,17 +433,17 @@ class Trainer:
 
     def write_scores(self, scores):
         """Write the numbers of an evaluation and a picture, and say them."""
-        folder, epoch, seconds = self.output.folder, self.epoch(self.iteration), time.perf_counter() - self.clock
-        totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, scores]]
+        folder, entry = self.output.folder, self.now() | scores
+        totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, entry]]
         if totals[-1] > max(totals[:-1], default=-1):
             checkpoint.link(folder / "checkpoint.pt", "best.pt")
-        self.evaluations.append({"epoch": epoch, "iteration": self.iteration, "seconds": seconds} | scores)
+        self.evaluations.append(entry)
         if self.iteration == self.schedule.iterations:
             cli.write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
-        self.output.write(self.evaluations[-1])
-        save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{epoch:03d}.png")
+        self.output.write(entry)
+        save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{entry['epoch']:03d}.png")
         box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
-        self.progress.say(f"epoch {epoch}: box AP {box}, mask AP {mask} after {seconds:.0f} s")
+        self.progress.say(f"epoch {entry['epoch']}: box AP {box}, mask AP {mask} after {entry['seconds']:.0f} s")
 
 
 def main():

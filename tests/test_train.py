@@ -537,7 +537,7 @@ def test_precision(run, tmp_path):
         losses_of_run = torch.tensor([*found["window"].values()], dtype=torch.float64)  # of one iteration
         assert torch.equal(losses_of_run.float().double(), losses_of_run)
         assert not torch.equal(losses_of_run.bfloat16().double(), losses_of_run)
-        assert (found["scaler"] is not None) == (precision == "published")
+        assert bool(found["scaler"]) == (precision == "published")
         losses[precision] = found["window"]["loss"]
     assert losses["auto"] == losses["float32"]  # on the CPU
     for precision in ("bfloat16", "published"):
