@@ -221,9 +221,7 @@ def check_config(path, checkpoint, config, settings):
     different = [name for name, value in expected.items() if found.get(name) != value]
     different = [f"{name} {str(found.get(name))[:80]} instead of {str(expected[name])[:80]}" for name in different]
     if different:
-        advice = (
-            "resume it with its own flags, or start a new training from its weights with --init and another --output"
-        )
+        advice = "resume it with its own flags, or start anew from its weights, with --init and another --output"
         raise InputError(f"{path}: is of another model or training ({', '.join(different)}); {advice}")
 
 

@@ -50,17 +50,17 @@ def add_config_arguments(parser):
     """A flag for every setting but num_classes: --name VALUE; --name and --no-name; --name A B; or --name N,N,..."""
     add = parser.add_argument_group("settings of model, losses and images; the default is the preset's").add_argument
     for entry in fields(Config)[1:]:
-        flag, kind, help_text = "--" + entry.name.replace("_", "-"), entry.type, entry.metadata["help"]
+        kind, inside = entry.type, get_args(entry.type)
+        how = {"type": inside[0] if inside else kind, "metavar": "N"}
         if kind is bool:
-            add(flag, action=argparse.BooleanOptionalAction, help=help_text)
+            how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
-            add(flag, choices=get_args(kind), help=help_text)
-        elif get_origin(kind) is tuple and get_args(kind)[1] is ...:
-            add(flag, type=comma_separated, metavar="N,...", help=help_text)
+            how = {"choices": inside}
+        elif inside[1:] == (...,):
+            how = {"type": comma_separated, "metavar": "N,..."}
         elif get_origin(kind) is tuple:
-            add(flag, type=get_args(kind)[0], nargs=2, metavar="N", help=help_text)
-        else:
-            add(flag, type=get_args(kind)[0] if get_args(kind) else kind, metavar="N", help=help_text)
+            how |= {"nargs": len(inside)}
+        add("--" + entry.name.replace("_", "-"), help=entry.metadata["help"], **how)
 
 
 def comma_separated(text):

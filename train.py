@@ -58,8 +58,7 @@ def parse_arguments(argv=None):
     cli.add_data_arguments(parser)
     checkpoint.add_start_arguments(parser)
     add("--keep-empty", action="store_true", help="train on the images without instances too, as background")
-    plain = "train on images as the evaluation sees them: a sanity check, overfitting the training images"
-    add("--no-augmentation", dest="augment", action="store_false", help=plain)
+    add("--no-augmentation", dest="augment", action="store_false", help="train on images as the evaluation sees them")
 
     add = parser.add_argument_group("schedule; the default is the published one, or that of tiny").add_argument
     add("--schedule", choices=RECIPES, help="a published one, for any batch size (default: 12 epochs; small: 60)")
@@ -319,13 +318,13 @@ class Trainer:
         means = {name: sum(numbers.get(name, 0) for numbers, *_ in everywhere) / self.world for name in names}
         if not all(finite for _, finite, _ in everywhere):
             bad = ", ".join(name for name in sorted(means) if name != "loss" and not math.isfinite(means[name]))
+            images = [image_id for *_, image_ids in everywhere for image_id in image_ids]
             where = (
-                f"{self.output.folder}: iteration {self.iteration + 1}: {bad or 'the gradient'} not finite on images "
+                f"{self.output.folder}: iteration {self.iteration + 1}: {bad or 'the gradient'} not finite on images"
             )
-            where += str([image_id for *_, image_ids in everywhere for image_id in image_ids])
             self.save("nonfinite.pt")
             advice = "the state before it is in nonfinite.pt; look at these images, or lower --lr"
-            distributed.end_if(InputError(f"{where}; {advice}"))
+            distributed.end_if(InputError(f"{where} {images}; {advice}"))
         return means
 
     def evaluate(self):

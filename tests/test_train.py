@@ -351,8 +351,7 @@ def test_killed_ten_times_and_resumed(run, shapes, uninterrupted, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path, capsys):
+def test_a_signal_writes_a_checkpoint(run, shapes, uninterrupted, tmp_path, capsys):
     """A signal ends the program cleanly, with a checkpoint behind the step that it came in, from which it goes on."""
     output = tmp_path / "out"
     flags = ["--output", output, *SMALL, "--save-every", 2, "--workers", 1]
@@ -360,7 +359,7 @@ def test_signals_write_a_checkpoint(number, run, shapes, uninterrupted, tmp_path
     process.until((output / "checkpoint.pt").exists)
     with pytest.raises(InputError, match="out: another training writes to this folder; choose another --output"):
         run(*flags, "--resume")
-    process.signal(number)
+    process.signal(signal.SIGTERM)
     assert process.wait() == 0 and "Traceback" not in process.err, process.err
     assert "stopped after iteration" in process.out and "--resume" in process.out
     stopped = checkpoint(output)["iteration"]
@@ -418,14 +417,14 @@ def test_last_two_and_best_are_kept(uninterrupted):
 
 def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
     """The program itself under torchrun: one log, one checkpoint, every image once, and nothing but its own words."""
-    flags = ["--data-root", shapes, "--output", tmp_path / "out", *TRAINING, "--epochs", 2, "--warmup", 2]
+    flags = ["--data-root", shapes, "--output", tmp_path / "out", *TRAINING, "--epochs", 1, "--warmup", 1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     process = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert "arning" not in process.stderr
     entries = log(tmp_path / "out")
-    assert [entry["epoch"] for entry in entries if "box" in entry] == [1, 2]
-    assert checkpoint(tmp_path / "out")["iteration"] == 6
+    assert [entry["epoch"] for entry in entries if "box" in entry] == [1]
+    assert checkpoint(tmp_path / "out")["iteration"] == 3
     assert process.stdout.count("images of 10 classes to train on") == 1
 
 
@@ -469,7 +468,7 @@ def test_a_signal_in_one_process_while_it_evaluates(shapes, tmp_path):
     ]
     processes = two_programs(tmp_path, *flags)
     processes[1].until((output / "checkpoint.pt").exists)  # written at the end of the epoch; the evaluation is next
-    processes[1].signal(signal.SIGTERM)
+    processes[1].signal(signal.SIGHUP)
     assert [process.wait() for process in processes] == [0, 0], processes[0].err
     assert "stopped after iteration 3" in processes[0].out and "AP" not in processes[0].out
     assert "Traceback" not in processes[0].err + processes[1].err
