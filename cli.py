@@ -210,7 +210,7 @@ def choose_device(name):
             torch.ones(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise InputError(f"--device {name}: no such device to use here ({reason}); use cpu, cuda or auto") from None
+        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
     if device.type == "cuda" and (device.index or 0) >= there:
         why = f"there are {there} GPUs here, numbered from 0" if there else "no usable CUDA GPU here; use --device cpu"
         raise InputError(f"--device {name}: {why}")

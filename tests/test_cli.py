@@ -213,7 +213,7 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "workers in words": ("eval coco", ["--workers", "two"], "--workers: invalid"),
     "no batch": ("eval coco", ["--batch-size", "0"], "--batch-size: must be 1 or more, not 0"),
     "no checkpoint": ("eval coco", ["--checkpoint", "DIR"], "is a folder; give the checkpoint file"),
-    "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: no such device"),
+    "unknown device": ("train coco", ["--device", "abacus"], "--device abacus: cannot be used here"),
     "unknown precision": ("train coco", ["--precision", "int8"], "--precision: invalid choice: 'int8'"),
     "unknown schedule": ("train coco", ["--schedule", "13ep"], "--schedule: invalid choice: '13ep'"),
     "epochs in words": ("train coco", ["--epochs", "x"], "--epochs: invalid number value: 'x'"),
