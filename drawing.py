@@ -39,8 +39,7 @@ def draw_instances(image, instances, classes, letters=1 / 65):
     room left is not drawn, its colour tells the class. Returns (3, H', W') uint8, the same whole multiple of H and W.
     """
     factor = -(-512 // max(image.shape[1:]))
-    canvas = to_pil_image(image.cpu())
-    canvas = canvas.resize([n * factor for n in canvas.size], Image.Resampling.NEAREST)
+    canvas = to_pil_image(image.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2))
     line = max(1, round(max(canvas.size) / 500))
     labels = instances["labels"].tolist()
     # The best is drawn last, on top of the others.
@@ -197,8 +196,7 @@ def draw_layers(axes, box, mask, box_sd=0, mask_sd=0):
         if np.isfinite(gap):
             axes.annotate(f"{gap:+.1f}", (layer, top), (0, 5), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(layers, ["input", *map(str, layers[1:])])
-    axes.set_xlabel("decoder layer")
-    axes.margins(y=0.15)
+    axes.set(xlabel="decoder layer", ymargin=0.15)
 
 
 def save_layers(scores, path):
@@ -226,10 +224,8 @@ def save_classes(scores, path):
     axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     for tick, font in zip(axes.get_yticklabels(), fonts, strict=True):
         tick.set(font=font and Path(font), fontsize=8)
-    axes.set_ylim(-0.6, len(order) - 0.4)
-    axes.set_xlabel("AP")
     axes.grid(axis="x", linewidth=0.5)
-    axes.set_axisbelow(True)
+    axes.set(xlabel="AP", ylim=(-0.6, len(order) - 0.4), axisbelow=True)
     axes.figure.legend(loc="outside upper center", ncols=2)
     axes.figure.savefig(path, dpi=min(150, 60_000 / axes.figure.get_figheight()))  # matplotlib's most are 65,535 rows
 
