@@ -59,9 +59,8 @@ class Detector(nn.Module):
 def dynamic_sizes(config, largest=4096):
     """What may differ between calls: as torch.export takes it, and {name: [smallest, largest]} in images and pixels.
 
-    The batch, and both sides up to `largest`, in steps of 32 pixels. The smallest side is that of a square whose tokens
-    suffice for the first selection, and of which every map has more than one cell: torch.export makes a case of its own
-    of sizes of 1, as the coarsest map of 64 pixels has.
+    The smallest side is that of a square whose tokens suffice for the first selection, and of which every map has more
+    than one cell, as a map of one is a case of its own to torch.export. Raises InputError where `largest` is too small.
     """
     tokens = lambda n: sum((n * 32 // stride) ** 2 for stride in (8, 16, 32, 64))  # noqa: E731
     least = next(n for n in count(3) if tokens(n) >= config.selections[0])
@@ -72,16 +71,8 @@ def dynamic_sizes(config, largest=4096):
     return dynamic, {"batch": [1, MOST]} | dict.fromkeys(("height", "width"), [32 * least, largest // 32 * 32])
 
 
-def trace(detector, example, dynamic):
-    """The detector as a torch.export program, traced on `example` (B, 3, H, W); `dynamic`: as torch.export takes it, or
-    None for that size alone.
-    """
-    with torch.no_grad():
-        return torch.export.export(detector, (example,), dynamic_shapes=dynamic, strict=False)
-
-
 def write(program, path, bounds, compiled=False):
-    """Write a traced program to the file, in the format of its suffix, with the bounds of `dynamic_sizes` in its
+    """Write a torch.export program to the file, in the format of its suffix, with the bounds of `dynamic_sizes` in its
     metadata; `compiled`: ahead of time, for this machine. The file is written whole or not at all. Raises OSError.
     """
     data, text = io.BytesIO(), json.dumps(bounds)
@@ -111,19 +102,15 @@ def open_file(path, compiled=False):
 
 
 def largest_difference(expected, found):
-    """Between two results for the same images: of scores, boxes and mask logits, each detection with the one that is
-    most like it, since scores that are nearly equal may come in either order.
+    """Between two results for the same images, {name: number} of scores, boxes and masks: each detection with the one
+    that is most like it, since scores that are nearly equal may come in either order.
     """
-    worst = [0.0, 0.0, 0.0]
-    for b in range(len(expected[0])):
-        ours, theirs = (
-            torch.cat([scores[b, :, None], 1e3 * labels[b, :, None], boxes[b] / 1e3, masks[b].flatten(1) / 1e3], 1)
-            for scores, labels, boxes, masks in (expected, found)
-        )
-        twin = torch.cdist(ours, theirs, p=torch.inf).argmin(1)
-        for i, (one, other) in enumerate(zip(expected[::2] + expected[3:], found[::2] + found[3:], strict=True)):
-            worst[i] = max(worst[i], (one[b] - other[b][twin]).abs().max().item())
-    return worst
+    parts = [(x[0][..., None], x[2], x[3].flatten(2)) for x in (expected, found)]  # (B, N, number of values)
+    labels = [1e3 * x[1][..., None] for x in (expected, found)]
+    ours, theirs = (torch.cat([s, b / 1e3, m / 1e3, n], 2) for (s, b, m), n in zip(parts, labels, strict=True))
+    twin = torch.cdist(ours, theirs, p=torch.inf).argmin(2)
+    pairs = zip(("scores", "boxes", "masks"), *parts, strict=True)
+    return {name: (one - gather_tokens(other, twin)).abs().max().item() for name, one, other in pairs}
 
 
 def check_output(path, compiled, half):
@@ -132,49 +119,36 @@ def check_output(path, compiled, half):
         raise InputError(f"{path}: the suffix says the format; give a file that ends in .pt2 or .onnx")
     if path.suffix == ".onnx" and (compiled or half):
         raise InputError(f"{path}: {'--compile' if compiled else '--half'} is for .pt2")
-    if compiled:
-        require_compiler("--compile", torch.device("cpu"))
     if path.suffix == ".onnx" and (absent := [name for name in ONNX if find_spec(name) is None]):
         raise InputError(f"{path}: needs {', '.join(absent)}; python -m pip install {' '.join(absent)}")
-    if not path.resolve().parent.exists():
-        raise InputError(f"{path}: its folder does not exist; create it first")
+    if compiled:
+        require_compiler("--compile", torch.device("cpu"))
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
     try:
         tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file")
 
 
 def parse_arguments():
     """The flags as a namespace, checked."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__} Such a file takes batches of 1 to {MOST} images and sides in steps of 32 pixels, from "
-        "96, or what the first selection needs (192 for the presets with a ResNet-50), up to --max-size. Sides of 64, "
-        "of which a map has a single cell, torch.export does not trace together with larger ones: give --size. "
-        "export.py prints these bounds, and they stand in the file's metadata, as bounds.",
+    about = (
+        f"{__doc__} A file takes 1 to {MOST} images at a time, with sides in steps of 32 pixels: from 96, or what the "
     )
+    about += "first selection needs (192 with a ResNet-50), to --max-size. They stand in its metadata, as bounds."
+    parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="A checkpoint of train.py or convert.py.")
-    add("output", metavar="OUT", help="The file to write: OUT.pt2 for PyTorch, OUT.onnx for other runtimes.")
+    add("output", metavar="OUT", type=Path, help="The file to write: OUT.pt2 for PyTorch, OUT.onnx for other runtimes.")
     add("--max-detections", type=positive, default=100, metavar="N", help="Detections of an image (default: 100).")
     add("--max-size", type=positive, default=4096, metavar="N", help="The largest side in pixels (default: 4096).")
-    add(
-        "--size",
-        type=positive,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="Take images of this one size, in multiples of 32 pixels, one at a time (default: any batch and size). A "
-        "Swin backbone needs this flag, since its windows depend on the size.",
-    )
+    size = "Take one image at a time, of this size, in multiples of 32. A Swin backbone and sides of 64 need this flag."
+    add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
     add("--half", action="store_true", help="For .pt2: compute in bfloat16, boxes and scores in float32.")
-    add(
-        "--compile",
-        action="store_true",
-        help="For .pt2 and with --size: compile ahead of time, for this machine, which takes minutes.",
-    )
+    ahead = "For .pt2 and with --size: compile ahead of time, for this machine, which takes minutes."
+    add("--compile", action="store_true", help=ahead)
     args = parser.parse_args()
-    args.output = Path(args.output)
     if args.compile and not args.size:  # for any size the compiler had not ended after 12 minutes, with preset tiny
         raise InputError("--compile needs --size: compiling for any size takes too long; e.g. --size 800 1344")
     if args.size and (args.size[0] % 32 or args.size[1] % 32):
@@ -183,13 +157,14 @@ def parse_arguments():
     return args
 
 
+@torch.no_grad()
 def main():
     args = parse_arguments()
     path = args.output
     model, _ = load_model(args.checkpoint)
     if not args.size and isinstance(model.backbone, Swin):
         raise InputError("--size is needed for a Swin backbone, whose windows depend on the size; e.g. --size 800 1344")
-    needed = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    needed = sum(value.nbytes for value in model.state_dict().values())
     if (free := shutil.disk_usage(path.resolve().parent).free) < needed:
         raise InputError(f"{path}: {free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed; make room")
     if args.size:
@@ -198,27 +173,25 @@ def main():
     else:
         dynamic, bounds = dynamic_sizes(model.config, args.max_size)
         least, most = bounds["height"]
-        sizes = [(1, least, least), (2, least + 32, least), (1, min(least + 64, most), min(least + 128, most))]
+        sizes = [(1, least, least), (2, least + 32, least), (2, min(least + 64, most), min(least + 128, most))]
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
-    with torch.no_grad():
-        program = trace(detector, torch.rand(2 if dynamic else 1, 3, *sizes[-1][1:]), dynamic)
-        try:
-            write(program, path, bounds, args.compile)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); nothing is left of it") from None
-        print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
-        print(
-            "takes "
-            + ", ".join(f"{name} {low} to {high}" for name, (low, high) in bounds.items())
-            + ", in steps of 32 pixels"
-        )
-        run = open_file(path, args.compile)
-        for batch, height, width in sizes:
-            images = torch.rand(batch, 3, height, width)
-            found = largest_difference(detector(images), run(images))
-            shown = ", ".join(f"{x:.1e} in {name}" for x, name in zip(found, ("scores", "boxes", "masks"), strict=True))
-            print(f"{batch} x {height} x {width}: largest difference from the model {shown}")
+    batch, height, width = sizes[-1]
+    example = (torch.rand(batch, 3, height, width),)
+    program = torch.export.export(detector, example, dynamic_shapes=dynamic, strict=False)
+    try:
+        write(program, path, bounds, args.compile)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); nothing is left of it") from None
+    print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+    ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in bounds.items())
+    print(f"takes {ranges}, in steps of 32 pixels")
+    run = open_file(path, args.compile)
+    for batch, height, width in sizes:
+        images = torch.rand(batch, 3, height, width)
+        found = largest_difference(detector(images), run(images))
+        shown = ", ".join(f"{value:.1e} in {name}" for name, value in found.items())
+        print(f"{batch} x {height} x {width}: largest difference from the model {shown}")
 
 
 if __name__ == "__main__":
