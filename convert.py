@@ -214,8 +214,8 @@ def main():
     add("output", metavar="OUT.pt", help="The file to write.")
     add("--reverse", action="store_true", help="Convert one of ours into a file that the released code loads.")
     boxes = (
-        "Say how the model was trained to get the boxes of the first selection: mask, around the masks; bitmask, the "
-        "same, a pixel wider and higher; head, from the box head (default: as in the released model of the backbone)."
+        "Say where the first selection's boxes come from: mask, around the masks; bitmask, the same, a pixel larger; "
+        "head, the box head (default: as released, bitmask for Mask DINO with a Swin transformer, else mask)."
     )
     add("--box-init", choices=get_args(Config.__annotations__["box_init"]), help=boxes)
     pickles = "Open a file that only Python's pickle can read, such as a .pkl; it runs whatever program the file holds."
