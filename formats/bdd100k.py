@@ -64,11 +64,9 @@ def _files(folder, suffix):
 
 
 def _bitmask_annotations(path, bitmask, image_id):
-    """COCO annotations of a bitmask (H, W) of 32-bit numbers, R the lowest byte, in the order of the instance ids.
-
-    Two equivalent ways, comparing pixels with each instance and runs of equal pixels; this is the second, down the
-    columns as in COCO's RLE: thousands of runs instead of a million pixels.
-    """
+    """COCO annotations of a bitmask (H, W) of 32-bit numbers, R the lowest byte, in the order of the instance ids."""
+    # Two equivalent ways, pixels compared with each instance and runs of equal pixels, thousands instead of a million;
+    # this is the second, down the columns as in COCO's RLE.
     flat = bitmask.T.ravel()
     starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
     ends, values = np.append(starts[1:], flat.size), flat[starts]
