@@ -86,10 +86,7 @@ def _measure(annotations, polygons, owners, bounds, faults):
 
 
 def _compare(annotations, limits, bounds, boxes, faults):
-    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing.
-
-    A box may be that of the whole mask or of the part in the image.
-    """
+    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing."""
     with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
         far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
         visible = np.clip(bounds, 0, limits)
@@ -97,7 +94,7 @@ def _compare(annotations, limits, bounds, boxes, faults):
         missing = np.isnan(boxes).all((0, 1))
         boxes = np.where(missing, (visible[0], visible[1] - visible[0]), boxes)
         empty = ~missing & ~((boxes[1] > 0) & np.isfinite(boxes.sum(0))).all(0)
-        misfit = ~_fit(boxes, bounds) & ~_fit(boxes, visible)
+        misfit = ~_fit(boxes, bounds) & ~_fit(boxes, visible)  # neither that of the mask nor of its part in the image
     for index in np.flatnonzero(missing):
         annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
     for found, kind, why in (
@@ -113,11 +110,11 @@ def _compare(annotations, limits, bounds, boxes, faults):
 
 
 def _fit(boxes, bounds):
-    """Whether boxes (x, y, width, height) share half of their area with masks' bounds (corners), both (2, 2, n).
-
-    Each is taken a pixel larger on all sides: what rounding can do is no fault.
-    """
-    (origin, extent), (start, end) = boxes, bounds
+    """Whether boxes (x, y, width, height) share half of their area with masks' bounds (corners), both (2, 2, n)."""
+    (origin, extent), (start, end) = (
+        boxes,
+        bounds,
+    )  # taken a pixel larger on all sides: what rounding can do is no fault
     common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
     return common >= 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
 
