@@ -111,10 +111,8 @@ def _compare(annotations, limits, bounds, boxes, faults):
 
 def _fit(boxes, bounds):
     """Whether boxes (x, y, width, height) share half of their area with masks' bounds (corners), both (2, 2, n)."""
-    (origin, extent), (start, end) = (
-        boxes,
-        bounds,
-    )  # taken a pixel larger on all sides: what rounding can do is no fault
+    (origin, extent), (start, end) = boxes, bounds
+    # Each is taken a pixel larger on all sides: what rounding can do is no fault.
     common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
     return common >= 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
 
