@@ -139,9 +139,8 @@ def print_scores(scores):
         print("\nlayer      box AP  mask AP  box - mask")
         for entry in scores["layers"]:
             box, mask = entry["box"]["AP"], entry["mask"]["AP"]
-            gap = None if None in (box, mask) else box - mask
-            name = "0 (input)" if entry["layer"] == 0 else str(entry["layer"])
-            print(f"{name:9}   {percent(box)}    {percent(mask)}       {percent(gap)}")
+            gap = percent(None if None in (box, mask) else box - mask)
+            print(f"{entry['layer'] or '0 (input)':<9}   {percent(box)}    {percent(mask)}       {gap}")
 
 
 def new_file(path, beginning):

@@ -18,6 +18,7 @@ from checkpoint import load_init, load_model, load_starting_point, read_checkpoi
 from config import PRESETS, Config, InputError
 from model import DIMaskDINO, build_model
 from train import parse_arguments
+from weights import read_weights
 
 # Files
 
@@ -121,17 +122,20 @@ def test_a_file_system_without_locks(run, tmp_path, monkeypatch, capsys):
     assert checkpoint(tmp_path / "out")["iteration"] == 1
 
 
-def read_as_another_user(path):
+def read_as_another_user(read, path):
     if os.geteuid() == 0:
         os.setuid(12345)
-    cli.run_program(lambda: read_checkpoint(path))
+    cli.run_program(lambda: read(path))
 
 
 def test_a_file_without_rights(small_checkpoint, tmp_path):
+    """The line says so, of a checkpoint of ours and of weights of others."""
     path = Path(shutil.copy(small_checkpoint, tmp_path / "c.pt"))
     path.chmod(0)
-    process = Process(read_as_another_user, str(path), output=tmp_path / "read")
-    assert process.wait() == 1 and process.err.endswith("c.pt: cannot be read (Permission denied); check its rights\n")
+    for read in (read_checkpoint, read_weights):
+        process = Process(read_as_another_user, read, str(path), output=tmp_path / "read")
+        assert process.wait() == 1
+        assert process.err.endswith(f"error: {path}: cannot be read (Permission denied); check its rights\n")
 
 
 def test_full_disk(shapes, tmp_path):
