@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,14 +114,10 @@ def save_checkpoint(path, checkpoint, keep=None):
 
 def link(path, name):
     """Let `name`, in the same folder, be the file that `path` is now, without a copy where the disk has hard links."""
-
-    def write(temporary):
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-
-    write_whole(path.with_name(name), write)
+    try:
+        write_whole(path.with_name(name), partial(os.link, path))
+    except OSError:
+        write_whole(path.with_name(name), partial(shutil.copyfile, path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

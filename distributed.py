@@ -99,11 +99,10 @@ def exchange(tensor):
 
 def together(function):
     """What `function()` returns; where it raises an error in any process, all of them end, see `end_if`."""
-    result, error = None, None
     try:
-        result = function()
+        result, error = function(), None
     except Exception as found:
-        error = found
+        result, error = None, found
     end_if(error)
     return result
 
