@@ -43,7 +43,7 @@ def run(shapes):
     import train
 
     def main(*flags):
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", "--data-root", str(shapes), *map(str, flags)])
             try:
