@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -26,6 +27,8 @@ def run_child(function, arguments, environment, output):
     """In the new process: stdout and stderr go to files, then the function runs as a program would."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if hasattr(signal, "SIGHUP"):  # nohup, under which the tests may run, would have it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.update(environment)
     try:
         function(*arguments)
