@@ -159,6 +159,8 @@ def released_state_dict(state, config):
     """
     if len(config.selections) > 2:
         raise ConversionError(f"the released code has no model with selections {config.selections}")
+    if config.backbone == "mobilenet_v2":
+        raise ConversionError("the released code has no model with backbone mobilenet_v2")
     names, shapes = released_names(config)
     if problems := mismatches(state, shapes):
         raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(shortened(problems)))

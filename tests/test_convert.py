@@ -220,6 +220,8 @@ def test_models_that_were_not_released_are_not_reverted():
     message = "no model with backbone resnet18, frozen_batch_norm False, hidden_dim 64"
     with pytest.raises(ConversionError, match=message):
         released_state_dict(DIMaskDINO(config).state_dict(), config)
+    with pytest.raises(ConversionError, match="no model with backbone mobilenet_v2"):
+        released_state_dict({}, PRESETS["small"])
     with pytest.raises(ConversionError, match="missing: bato.norm.weight"):
         state = convert_state_dict(checkpoint("dimaskdino_r50"))
         del state["bato.norm.weight"]
