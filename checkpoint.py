@@ -13,9 +13,9 @@ import torch
 import torchvision
 
 from backbone import SWINS
-from cli import write_whole
 from config import Config, InputError
 from distributed import process_rank, warn
+from files import write_whole
 from model import DIMaskDINO
 from weights import find_weights, load_backbone_weights, mismatches, open_weights
 

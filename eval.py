@@ -18,6 +18,7 @@ from config import InputError
 from data import loader
 from detections import detect
 from drawing import save_classes, save_layers
+from files import write_whole
 from formats.coco import coco_results, encode_masks, match_classes
 from formats.images import DataError
 
@@ -176,7 +177,7 @@ def write_results(results, coco, path, masks_path):
             image, category = coco.imgs[result["image_id"]], coco.cats[result["category_id"]]
             ids = {"image_id": own(image), "category_id": own(category)}
             lines.append(json.dumps(ids | {key: result[key] for key in keys}))
-        cli.write_whole(file, "[\n" + ",\n".join(lines) + "\n]\n")
+        write_whole(file, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def parse_arguments():
@@ -219,7 +220,7 @@ def main():
     if annotated:
         scores = score(dataset, found, args.max_detections, args.per_class)
         if output:
-            cli.write_whole(output, json.dumps(scores, indent=1) + "\n")
+            write_whole(output, json.dumps(scores, indent=1) + "\n")
         if output and args.per_layer:
             save_layers(scores, output.with_suffix(".png"))
         if output and args.per_class:

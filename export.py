@@ -19,11 +19,12 @@ from torch.export import Dim
 
 from backbone import Swin
 from checkpoint import load_model
-from cli import positive, require_compiler, run_program, write_whole
+from cli import positive, require_compiler, run_program
 from config import InputError
 from decoder import masks
 from detections import best_queries
 from di import gather_tokens
+from files import write_whole
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that .onnx needs
 MOST = 64  # images in a batch

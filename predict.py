@@ -20,6 +20,7 @@ from checkpoint import load_model
 from config import InputError
 from detections import detect
 from drawing import draw_instances, is_drawing, save_png, side_by_side
+from files import write_whole
 from formats.coco import coco_results, encode_masks
 from formats.images import DECODER_ERRORS, DataError, read_image
 
@@ -122,7 +123,7 @@ def claim_output(output, images, lists):
 
 def write_list(path, entries):
     """Write a JSON list, an entry a line, whole or not at all. Raises OSError."""
-    cli.write_whole(path, lambda temporary: temporary.write_text(f"[{LINE.join(map(json.dumps, entries))}]\n"))
+    write_whole(path, lambda temporary: temporary.write_text(f"[{LINE.join(map(json.dumps, entries))}]\n"))
 
 
 def append(path, entries):
@@ -231,7 +232,7 @@ def predict(entry, find, layers, checkpoint, overlay, say):
         pictures = [draw_instances(image, detections, classes) for detections in found]
         if len(layers) > 1:
             pictures = [side_by_side(pictures, [f"layer {layer}" if layer else "layer 0 (input)" for layer in layers])]
-        cli.write_whole(overlay, partial(save_png, pictures[0]))
+        write_whole(overlay, partial(save_png, pictures[0]))
     except (DataError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in BAD_NAME:
             raise

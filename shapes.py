@@ -1,16 +1,16 @@
 """Generated data sets in COCO's format: `shapes`, and `shapes-hard`, in which a box tells little about its mask."""
 
 import colorsys
-import io
 import json
 import math
-import uuid
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 
+from files import write_whole
 from formats.segmentations import annotation_of
 
 
@@ -70,12 +70,12 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
         path.unlink(missing_ok=True)
     contents = {}
     for number, (split, path) in enumerate(files.items() if old else ()):
-        images, annotations = [], []
+        images, annotations, folder = [], [], Path(root, "images", f"{split}2017")
+        folder.mkdir(parents=True, exist_ok=True)
         for i in range(settings[split]):
             pixels, labels, masks = draw_shapes(np.random.default_rng([seed, number, i]), size, hard)
-            name, png = f"{i + 1:012d}.png", io.BytesIO()
-            Image.fromarray(pixels).save(png, format="PNG", compress_level=1)
-            _write(Path(root, "images", f"{split}2017", name), png.getvalue())
+            name, image = f"{i + 1:012d}.png", Image.fromarray(pixels)
+            write_whole(folder / name, partial(image.save, format="PNG", compress_level=1))
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
             rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
             for label, rle in zip(labels, rles, strict=True):
@@ -86,15 +86,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
         info = {"description": "generated shapes", "settings": settings}
         contents[path] = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     for path, content in contents.items():
-        _write(path, json.dumps(content).encode())
-
-
-def _write(path, content):
-    """Let `path` hold the bytes, all or none of them, whoever else writes it; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content))
 
 
 def _settings(path):

@@ -24,6 +24,7 @@ from data import seed_of, to_device, train_batches
 from detections import detect
 from drawing import draw_rows, save_png
 from eval import find_results, percent, score
+from files import write_whole
 from formats.coco import check_sizes, match_classes
 from losses import SetCriterion
 from model import DIMaskDINO
@@ -157,7 +158,7 @@ def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
     for image, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
         [[found]] = detect(model, [image], score_threshold=threshold)
         columns.append([(image, target, dataset.classes), (image, found, classes)])
-    cli.write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
+    write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
 
 
 class Trainer:
@@ -438,7 +439,7 @@ class Trainer:
             checkpoint.link(folder / "checkpoint.pt", "best.pt")
         self.evaluations.append(entry)
         if self.iteration == self.schedule.iterations:
-            cli.write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
+            write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
         self.output.write(entry)
         save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{entry['epoch']:03d}.png")
         box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
