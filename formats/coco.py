@@ -9,6 +9,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,7 +19,7 @@ from torchvision.ops import box_convert
 
 from config import InputError
 from formats.images import DataError, image_size, short
-from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, STRANGE, TRIMMED, check_segmentations, mask_area
+from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, STRANGE, TRIMMED, check_segmentation, mask_area
 
 
 def coco_paths(root, split):
@@ -156,41 +157,31 @@ def _normalise(dataset, image_dir, need_annotations):
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     sizes[None] = math.inf, math.inf  # of an annotation whose image is unknown
 
-    annotations, faults = dataset["annotations"], {}  # (kind, index of the annotation): why
-    _refer(annotations, "image_id", image_ids, STRANGE, faults)
-    _refer(annotations, "category_id", category_ids, REFUSED, faults)
-    _check_numbers(annotations, faults)
-    for start in range(0, len(annotations), 2_000):
-        for (kind, index), why in check_segmentations(annotations[start : start + 2_000], sizes).items():
-            faults.setdefault((kind, start + index), why)
-    if useless := _report(annotations, faults, notes):
-        annotations[:] = [annotation for index, annotation in enumerate(annotations) if index not in useless]
-    if need_annotations and not annotations:
+    kept, faults = [], {}  # kind: a line for every annotation
+    for index, annotation in enumerate(dataset["annotations"]):
+        found = [*_refer(annotation, "image_id", image_ids, STRANGE)]
+        found += [*_refer(annotation, "category_id", category_ids, REFUSED), *_check_numbers(annotation)]
+        found += check_segmentation(annotation, *sizes[annotation["image_id"]])
+        kind, why = min(found, key=itemgetter(0), default=(None, None))
+        if found:
+            name = short(annotation["id"]) if "id" in annotation else f"without id, entry {index} of 'annotations'"
+            faults.setdefault(kind, []).append(f"annotation {name}: {why}")
+        if kind not in (STRANGE, LEFT_OUT):
+            kept.append(annotation)
+    if refused := faults.pop(REFUSED, None):
+        raise DataError(f"{refused[0]}{_more(refused, 'annotations with faults')}; correct or remove it")
+    notes += [f"{len(lines)} {NOTES[kind]}; the first is {lines[0]}" for kind, lines in sorted(faults.items())]
+    if need_annotations and not kept:
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
-    if annotations and all(max(annotation["bbox"]) <= 1 for annotation in annotations):
-        raise DataError(f"no box goes beyond 1, the first is {annotations[0]['bbox']}, expected pixels")
+    if kept and all(max(annotation["bbox"]) <= 1 for annotation in kept):
+        raise DataError(f"no box goes beyond 1, the first is {kept[0]['bbox']}, expected pixels")
+    dataset["annotations"] = kept
     _unique_names(dataset, notes)
-    for number, annotation in enumerate(annotations, start=1):
+    for number, annotation in enumerate(kept, start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
         if annotation["area"] is None:
             annotation["area"] = mask_area(annotation["segmentation"], *sizes[annotation["image_id"]])
     return notes
-
-
-def _report(annotations, faults, notes):
-    """Note the faults, of each annotation the first kind; DataError if REFUSED. Returns the indices to leave out."""
-    worst = {}  # index: (kind, why)
-    for (kind, index), why in sorted(faults.items()):
-        worst.setdefault(index, (kind, why))
-    for kind in (REFUSED, *NOTES):
-        if not (found := sorted(index for index, fault in worst.items() if fault[0] == kind)):
-            continue
-        first, why = annotations[found[0]], worst[found[0]][1]
-        name = short(first["id"]) if "id" in first else f"without id, entry {found[0]} of 'annotations'"
-        if kind == REFUSED:
-            raise DataError(f"annotation {name}: {why}{_more(found, 'annotations with faults')}; correct or remove it")
-        notes.append(f"{len(found)} {NOTES[kind]}; the first is annotation {name}: {why}")
-    return {index for index, (kind, _) in worst.items() if kind in (STRANGE, LEFT_OUT)}
 
 
 def _more(faults, what):
@@ -248,18 +239,14 @@ def _unique_ids(dataset, table, fields, notes):
     return ids, {_integer(key): number for key, number in ids.items() if meanings[_integer(key)] == 1}
 
 
-def _refer(annotations, field, ids, unknown, faults):
-    """Put the ids of `_unique_ids` into a field, None with a fault of kind `unknown` where there is none."""
-    values = [annotation.get(field) for annotation in annotations]
-    if set(map(type, values)) == {int} and all(ids[0].get(value) == value for value in set(values)):
-        return
-    for index, value in enumerate(values):
-        key, what = _key(value), f"{field.replace('_', ' ')} {short(value)}, expected"
-        annotations[index][field] = number = ids[0].get(key, ids[1].get(_integer(value)))
-        if key is None:
-            faults.setdefault((REFUSED, index), f"{what} an integer or a text")
-        elif number is None:
-            faults.setdefault((unknown, index), f"unknown {what} one of {_list(ids[0])}")
+def _refer(annotation, field, ids, unknown):
+    """Put the id of `_unique_ids` into a field, None where there is none; yields (REFUSED or `unknown`, why) then."""
+    value = annotation.get(field)
+    key = _key(value)
+    annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
+    if number is None:
+        what = f"{field.replace('_', ' ')} {short(value)}, expected"
+        yield (REFUSED, f"{what} an integer or a text") if key is None else (unknown, f"unknown {what} one of {_list(ids[0])}")
 
 
 def _unique_names(dataset, notes):
@@ -290,17 +277,15 @@ def _pixels(image, field):
     return number
 
 
-def _check_numbers(annotations, faults):
-    """Bring iscrowd into one form, and area, to None what is no number of pixels."""
-    for index, annotation in enumerate(annotations):
-        try:
-            annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
-        except (KeyError, TypeError):
-            flags = ", ".join(f"{flag} {short(annotation.get(flag))}" for flag in ("iscrowd", "ignore"))
-            faults.setdefault((REFUSED, index), f"{flags}, expected 0 or 1")
-        area = annotation.get("area")
-        if type(area) not in (int, float) or not 0 < area < 1e15:
-            annotation["area"] = None
+def _check_numbers(annotation):
+    """Bring iscrowd into one form, and area, to None what is no number of pixels; yields (REFUSED, why)."""
+    try:
+        annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
+    except (KeyError, TypeError):
+        flags = ", ".join(f"{flag} {short(annotation.get(flag))}" for flag in ("iscrowd", "ignore"))
+        yield REFUSED, f"{flags}, expected 0 or 1"
+    area = annotation.get("area")
+    annotation["area"] = area if type(area) in (int, float) and 0 < area < 1e15 else None
 
 
 # --- image files

@@ -5,6 +5,7 @@ import re
 from array import array
 from functools import partial
 from itertools import chain
+from operator import mul
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -22,116 +23,82 @@ class Fault(Exception):
     """A segmentation that cannot be used; its arguments are LEFT_OUT or REFUSED and why."""
 
 
-def check_segmentations(annotations, sizes):
-    """Bring segmentation and bbox of some annotations into one form, in place; returns {(kind, index): why}.
+def check_segmentation(annotation, height, width):
+    """Bring an annotation's segmentation and bbox into one form, in place; yields (kind, why) for every fault.
 
-    sizes: {image id: (height, width)}. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height,
-    those of the mask within the image where there is no box. Two equivalent ways, annotation by annotation and all
-    numbers at once; this is the second, since the first takes longer than to read the file.
+    height, width: of its image. The forms: polygons as float64 arrays or compressed RLE; x, y, width, height, those of
+    the mask within the image where there is no box.
     """
-    faults, boxes, polygons, owners = {}, [], [], []
-    bounds = np.full((2, 2, len(annotations)), np.nan)  # of the masks: x0, y0 and x1, y1
-    for index, annotation in enumerate(annotations):
-        try:
-            box = DOUBLES(annotation.get("bbox") or NO_BOX)
-            if len(box) != 4:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            why = f"box {short(annotation['bbox'])} (x, y, width, height) is not a list of four numbers"
-            box, faults[REFUSED, index] = NO_BOX, why
-        boxes.append(box)
-        try:
-            annotation["segmentation"] = shape = _shape(annotation, sizes)
-        except Fault as fault:
-            kind, faults[kind, index] = fault.args
-            continue
-        if isinstance(shape, dict):
-            x, y, width, height = mask_utils.toBbox(shape)
-            bounds[:, :, index] = (x, y), (x + width, y + height)
-        else:
-            polygons += shape
-            owners += [index] * len(shape)
-    if polygons:
-        _measure(annotations, polygons, np.array(owners), bounds, faults)
-    boxes = np.frombuffer(b"".join(boxes)).reshape(-1, 4).T.reshape(2, 2, -1)
-    limits = np.array([sizes[annotation["image_id"]] for annotation in annotations], float).T[::-1]
-    _compare(annotations, limits, bounds, boxes, faults)
-    return faults
-
-
-def _measure(annotations, polygons, owners, bounds, faults):
-    """Set the bounds of the annotations (owners: the index of each polygon's) and leave out polygons without area."""
-    x, y = np.frombuffer(b"".join(polygons)).reshape(-1, 2).T.copy()
-    ends = np.cumsum(np.fromiter(map(len, polygons), int, len(polygons)) // 2)
-    starts, last = np.append(0, ends[:-1]), ends - 1
-    with np.errstate(all="ignore"):
-        cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
-        cross[last] = x[last] * y[starts] - x[starts] * y[last]
-        areas = np.add.reduceat(cross, starts)
-    # A figure of eight may have no signed area either: flat is what lies on a line.
-    lines = ((i, np.reshape(polygons[i], (-1, 2))) for i in np.flatnonzero(np.abs(areas) < 1e-6))
-    flat = [i for i, points in lines if np.linalg.matrix_rank(points - points[0], tol=1e-6) < 2]
-    for i in flat:
-        shape = annotations[owners[i]]["segmentation"]
-        shape[:] = [polygon for polygon in shape if polygon is not polygons[i]]
-    for i in flat:
-        why = f"polygon {short(polygons[i].tolist())} has no area, expected three points or more, not on a line"
-        faults.setdefault((TRIMMED if annotations[owners[i]]["segmentation"] else LEFT_OUT, owners[i]), why)
-    solid = np.delete(np.arange(len(polygons)), flat)
-    if len(solid):
-        having, first = np.unique(owners[solid], return_index=True)
-        for corner, ufunc in enumerate((np.minimum, np.maximum)):
-            for axis, numbers in enumerate((x, y)):
-                bounds[corner, axis, having] = ufunc.reduceat(ufunc.reduceat(numbers, starts)[solid], first)
-
-
-def _compare(annotations, limits, bounds, boxes, faults):
-    """Compare masks with images (limits: width, height) and boxes with masks; sets the boxes that are missing."""
-    with np.errstate(all="ignore"):  # infinity and NaN fail the comparisons
-        far = ~(np.abs(bounds).max((0, 1)) <= 10 * limits.sum(0))  # the rasteriser walks along every edge
-        visible = np.clip(bounds, 0, limits)
-        outside = ~far & ~(visible[1] > visible[0]).all(0)
-        missing = np.isnan(boxes).all((0, 1))
-        boxes = np.where(missing, (visible[0], visible[1] - visible[0]), boxes)
-        empty = ~missing & ~((boxes[1] > 0) & np.isfinite(boxes.sum(0))).all(0)
-        misfit = ~_fit(boxes, bounds) & ~_fit(boxes, visible)  # neither that of the mask nor of its part in the image
-    for index in np.flatnonzero(missing):
-        annotations[index]["bbox"] = boxes[:, :, index].ravel().tolist()
-    for found, kind, why in (
-        (far, REFUSED, "polygon with coordinates far outside its {} image ({})"),
-        (outside, LEFT_OUT, "its mask lies outside its {} image ({})"),
-        (empty, LEFT_OUT, "box {2} (x, y, width, height) has no area"),
-        (misfit, MISFIT, "box {2}, but the mask has {1}"),
-    ):
-        for index in np.flatnonzero(found):
-            size = "{:g}x{:g}".format(*limits[:, index])
-            corners = "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds[:, :, index].ravel())
-            faults.setdefault((kind, index), why.format(size, corners, short(annotations[index]["bbox"])))
-
-
-def _fit(boxes, bounds):
-    """Whether boxes (x, y, width, height) share half of their area with masks' bounds (corners), both (2, 2, n)."""
-    (origin, extent), (start, end) = boxes, bounds
-    # Each is taken a pixel larger on all sides: what rounding can do is no fault.
-    common = (np.minimum(origin + extent, end) - np.maximum(origin, start) + 2).clip(0).prod(0)
-    return common >= 0.5 * ((extent + 2).prod(0) + (end - start + 2).prod(0) - common)
-
-
-def _shape(annotation, sizes):
-    """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
-    segmentation = annotation.get("segmentation")
+    bounds, visible = NO_BOX, NO_BOX  # of the mask and of its part in the image: x0, y0, x1, y1
     try:
-        polygons = list(map(DOUBLES, segmentation))
-        if min(map(len, polygons)) < 6:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):  # not the usual form
-        if isinstance(segmentation, dict):
-            return _rle(segmentation, *sizes[annotation["image_id"]])
-        try:
-            polygons = _polygons([] if segmentation is None else segmentation)
-        except (TypeError, OverflowError):
-            why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
-            raise Fault(REFUSED, why) from None
+        annotation["segmentation"] = shape = _shape(annotation.get("segmentation"), height, width)
+        if isinstance(shape, list) and (flat := list(filter(_is_flat, shape))):
+            shape[:] = [polygon for polygon in shape if polygon not in flat]
+            why = f"polygon {short(flat[0].tolist())} has no area, expected three points or more, not on a line"
+            yield TRIMMED if shape else LEFT_OUT, why
+        if shape:
+            x0, y0, x1, y1 = bounds = _bounds(shape)
+            visible = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+            where = f"its {width:g}x{height:g} image ({_corners(bounds)})"
+            if not all(abs(number) <= 10 * (width + height) for number in bounds):  # the rasteriser walks all edges
+                yield REFUSED, f"polygon with coordinates far outside {where}"
+            elif not (visible[0] < visible[2] and visible[1] < visible[3]):
+                yield LEFT_OUT, f"its mask lies outside {where}"
+    except Fault as fault:
+        yield fault.args
+
+    what = lambda: f"box {short(annotation['bbox'])}"  # noqa: E731
+    try:
+        x, y, w, h = box = DOUBLES(annotation.get("bbox") or NO_BOX)
+    except (TypeError, ValueError, OverflowError):
+        yield REFUSED, f"{what()} (x, y, width, height) is not a list of four numbers"
+        return
+    if all(map(math.isnan, box)):
+        x0, y0, x1, y1 = visible
+        annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    elif not (w > 0 and h > 0 and math.isfinite(sum(box))):
+        yield LEFT_OUT, f"{what()} (x, y, width, height) has no area"
+    elif not (_fit(box, bounds) or _fit(box, visible)):  # neither that of the mask nor of its part in the image
+        yield MISFIT, f"{what()}, but the mask has {_corners(bounds)}"
+
+
+def _is_flat(polygon):
+    """Whether a polygon's points lie on a line; not so a figure of eight, which may have no signed area either."""
+    x, y = polygon[::2], polygon[1::2]
+    area = sum(map(mul, x, y[1:] + y[:1])) - sum(map(mul, x[1:] + x[:1], y))
+    return abs(area) < 1e-6 and np.linalg.matrix_rank(np.reshape(polygon, (-1, 2)) - polygon[:2], tol=1e-6) < 2
+
+
+def _bounds(shape):
+    """[x0, y0, x1, y1] of polygons or of compressed RLE; NaN where a polygon has NaN."""
+    if isinstance(shape, dict):
+        x, y, width, height = mask_utils.toBbox(shape).tolist()
+        return [x, y, x + width, y + height]
+    points = np.concatenate(shape).reshape(-1, 2)
+    return [*points.min(0).tolist(), *points.max(0).tolist()]
+
+
+def _corners(bounds):
+    return "x0, y0, x1, y1 = " + ", ".join(f"{number:.6g}" for number in bounds)
+
+
+def _fit(box, bounds):
+    """Whether a box (x, y, width, height) shares half of its area with bounds (x0, y0, x1, y1); not with NaN."""
+    # Each is taken a pixel larger on all sides: what rounding can do is no fault.
+    (x, y, width, height), (x0, y0, x1, y1) = box, bounds
+    common = max(min(x + width, x1) - max(x, x0) + 2, 0) * max(min(y + height, y1) - max(y, y0) + 2, 0)
+    return common >= 0.5 * ((width + 2) * (height + 2) + (x1 - x0 + 2) * (y1 - y0 + 2) - common)
+
+
+def _shape(segmentation, height, width):
+    """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
+    if isinstance(segmentation, dict):
+        return _rle(segmentation, height, width)
+    try:
+        polygons = [] if segmentation is None else _polygons(segmentation)
+    except (TypeError, OverflowError):
+        why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
+        raise Fault(REFUSED, why) from None
     if not polygons:
         raise Fault(LEFT_OUT, "no segmentation")
     for polygon in polygons:
@@ -146,7 +113,7 @@ def _polygons(segmentation):
         raise TypeError
     if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
         return [DOUBLES(chain(*segmentation))] if segmentation else []
-    if any(isinstance(inner, list) for inner in segmentation):
+    if list in map(type, segmentation):
         return [polygon for inner in segmentation for polygon in _polygons(inner)]
     return [DOUBLES(segmentation)]
 
@@ -167,9 +134,7 @@ def _rle(segmentation, height, width):
         raise Fault(REFUSED, f"RLE whose counts do not add up to the {height * width} pixels of its image")
     if not runs[1::2].any():
         raise Fault(LEFT_OUT, "RLE without a pixel")
-    if isinstance(counts, list):
-        return mask_utils.frPyObjects({"size": [height, width], "counts": runs.astype(int).tolist()}, height, width)
-    return {"size": [height, width], "counts": counts}
+    return mask_utils.frPyObjects({"size": [height, width], "counts": runs.astype(int).tolist()}, height, width)
 
 
 def _runs(counts):
@@ -201,7 +166,7 @@ def annotation_of(rle, image_id, category_id, iscrowd=0):
 
 
 def mask_area(segmentation, height, width):
-    """Pixels of a mask in one of the forms of `check_segmentations`."""
+    """Pixels of a mask in one of the forms of `check_segmentation`."""
     if isinstance(segmentation, list):
         segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
     return float(mask_utils.area(segmentation))
