@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +96,7 @@ class CocoInstances(Dataset):
     def _read(self, index):
         """Image (3, H, W) uint8 and its usable annotations."""
         entry = self.coco.imgs[self.image_ids[index]]
-        path, size = self.image_dir / entry["file_name"], (entry["height"], entry["width"])
-        try:
-            image = read_image(path, size)
-        except DataError:  # perhaps of a moment: disks behind a network have such errors
-            time.sleep(0.2)
-            image = read_image(path, size)
+        image = read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
         return image, self.instances[entry["id"]]
 
     def _instances(self, annotations, boxes, masks, kept):
@@ -146,13 +140,11 @@ def augment(image, segmentations, flip, resized, offset, size):
     (h, w) of the whole image; offset: (y, x) of the crop in it; size: of the crop, height and width. Returns the image
     (3, size, size) uint8 and `place_instances`' boxes, masks and kept.
     """
-    pixels = F.resize(image, list(resized), antialias=True).numpy()
-    pixels = pixels[:, :, ::-1] if flip else pixels
-    pixels = pixels[:, offset[0] : offset[0] + size, offset[1] : offset[1] + size]
-    canvas = np.full((3, size, size), 128, np.uint8)
-    canvas[:, : pixels.shape[1], : pixels.shape[2]] = pixels
     placed = place_instances(segmentations, image.shape[1:], flip, resized, offset, (size, size))
-    return torch.from_numpy(canvas), *placed
+    image = F.resize(image, list(resized), antialias=True)
+    image = F.horizontal_flip(image) if flip else image
+    image = image[:, offset[0] : offset[0] + size, offset[1] : offset[1] + size]
+    return F.pad(image, [0, 0, size - image.shape[2], size - image.shape[1]], fill=128), *placed
 
 
 def place_instances(segmentations, image_size, flip, resized, offset, window):

@@ -244,9 +244,11 @@ def _refer(annotation, field, ids, unknown):
     value = annotation.get(field)
     key = _key(value)
     annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
-    if number is None:
-        what = f"{field.replace('_', ' ')} {short(value)}, expected"
-        yield (REFUSED, f"{what} an integer or a text") if key is None else (unknown, f"unknown {what} one of {_list(ids[0])}")
+    what = f"{field.replace('_', ' ')} {short(value)}, expected"
+    if key is None:
+        yield REFUSED, f"{what} an integer or a text"
+    elif number is None:
+        yield unknown, f"unknown {what} one of {_list(ids[0])}"
 
 
 def _unique_names(dataset, notes):

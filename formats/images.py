@@ -77,14 +77,13 @@ def with_image(path, read, again=True):
                 Image.MAX_IMAGE_PIXELS = limit
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
     except DECODER_ERRORS as error:
-        of_system = getattr(error, "errno", None)
         if again:
-            time.sleep(0.2 if of_system else 0)
+            time.sleep(0.2)
             return with_image(path, read, again=False)
-        if of_system:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{path}: no such image file") from None
+        if getattr(error, "errno", None):
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk and the rights") from None
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
     for warning in caught:
@@ -101,21 +100,19 @@ def _turn(path, image, size, load):
     """The PIL image, with `load` decoded and turned as `read_image` says, and its (H, W)."""
     tiff = getattr(image, "tag_v2", None)
     stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
-    if load and not tiff:
-        image.load()
-    orientation = _orientation(image) if load or None in size or not _fits(stored, size) else 1
+    orientation = _orientation(image) if load or size != stored else 1
     shown = stored[::-1] if orientation >= 5 else stored
-    as_stored = _fits(stored, size) and not _fits(shown, size)
-    if not (as_stored or _fits(shown, size)):
+    fitting = [found for found in (shown, stored) if all(n in (None, m) for m, n in zip(found, size, strict=True))]
+    if not fitting:
         height, width = ("?" if pixels is None else pixels for pixels in size)
         sizes = f"the image is {shown[1]}x{shown[0]}, its annotation file says {width}x{height}"
         raise DataError(f"{path}: {sizes}; correct the file or the annotations")
     if load:
         image.load()
         turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
-        if orientation > 1 and as_stored == turned:
+        if orientation > 1 and (fitting[0] != shown) == turned:
             image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation) if turned else orientation])
-    return image, stored if as_stored else shown
+    return image, fitting[0]
 
 
 def _orientation(image):
@@ -125,11 +122,6 @@ def _orientation(image):
     except (SyntaxError, struct.error):
         return 1
     return tag if tag in UPRIGHT else 1
-
-
-def _fits(found, size):
-    """Whether (H, W) is `size`, where None stands for any number."""
-    return all(expected in (None, pixels) for pixels, expected in zip(found, size, strict=True))
 
 
 def _rgb(path, image):

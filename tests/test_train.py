@@ -617,19 +617,17 @@ def test_images_without_instances(shapes, tmp_path):
 def test_an_image_that_cannot_be_read(run, shapes, uninterrupted, tmp_path, monkeypatch):
     """It is read twice; then a line names it and the checkpoint, from which training goes on as if it had not been."""
     [index, _], *_ = next(train_keys(12, 4, seed=0, start=8))
-    failures, read = [True, True], data.read_image
+    failures, opened = [True, True], Image.open
     bad = f"{index + 1:012}.png"
 
-    def read_image(path, size):
-        if path.name == bad and "train" in str(path) and failures and failures.pop(0):
-            raise DataError(f"{path}: cannot be read as an image")
-        return read(path, size)
+    def moody(file):
+        if Path(file.name).name == bad and "train" in file.name and failures and failures.pop(0):
+            raise OSError("image file is truncated")
+        return opened(file)
 
     flags = ["--output", tmp_path / "out", *SMALL]
-    monkeypatch.setattr(data, "read_image", read_image)
-    with pytest.raises(
-        InputError, match=f"{bad}: cannot be read as an image; .*checkpoint.pt holds iteration 2: --res"
-    ):
+    monkeypatch.setattr(Image, "open", moody)
+    with pytest.raises(InputError, match=f"{bad}: cannot be read as an image .*checkpoint.pt holds iteration 2: --res"):
         run(*flags)
     assert checkpoint(tmp_path / "out")["iteration"] == 2
     failures[:] = [True, False]
