@@ -15,7 +15,7 @@ import torchvision
 from backbone import SWINS
 from config import Config, InputError
 from distributed import process_rank, warn
-from files import write_whole
+from files import explaining, first_words, write_whole
 from model import DIMaskDINO
 from weights import find_weights, load_backbone_weights, mismatches, open_weights
 
@@ -60,10 +60,8 @@ def load_model(path, device="cpu", overrides=None):
     """
     checkpoint = read_checkpoint(path)
     weights, classes = checkpoint["model"], checkpoint["classes"]
-    try:
+    with explaining((TypeError, ValueError, RuntimeError), f"{path}: its config is not one of this version"):
         model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: its config is not one of this version ({first_words(error)})") from None
     if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
         settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]
         where = f"in {' and '.join(settings)}: " * bool(settings)
@@ -74,11 +72,6 @@ def load_model(path, device="cpu", overrides=None):
             raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
     model.load_state_dict(weights)
     return model.to(device).eval(), checkpoint
-
-
-def first_words(error):
-    """What an exception says, in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
 
 
 def some_of(names, most=10, between=", "):
@@ -106,7 +99,7 @@ def save_checkpoint(path, checkpoint, keep=None):
     try:
         write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
-        reason = getattr(error, "strerror", None) or first_words(error)
+        reason = first_words(error)
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
         raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
@@ -163,14 +156,6 @@ class Output:
         entries = read_log(self.folder / "log.jsonl", iteration)
         self.log = open(self.folder / "log.jsonl", "a", buffering=1)
         return entries
-
-    def write(self, entry):
-        """Add an entry to the log."""
-        self.log.write(json.dumps(entry) + "\n")
-
-    def save(self, content, name="checkpoint.pt"):
-        """Write a checkpoint; the checkpoint.pt before becomes previous.pt. Raises InputError."""
-        save_checkpoint(self.folder / name, content, keep="previous.pt" if name == "checkpoint.pt" else None)
 
 
 def lock_file(path):
@@ -232,13 +217,11 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
         raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
     check_config(path, checkpoint, model.config, settings)
     rates = [group["base_lr"] for group in optimizer.param_groups]
-    try:
+    with explaining((KeyError, ValueError, RuntimeError), f"{path}: cannot be resumed", "start from it with --init"):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # of float16
             scaler.load_state_dict(checkpoint["scaler"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be resumed ({first_words(error)}); start from it with --init") from None
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["base_lr"] = rate  # the flags', which may be new
     changed = [name for name, value in schedule._asdict().items() if checkpoint["schedule"].get(name) != value]
@@ -248,10 +231,8 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
 
 def read_log(path, iteration):
     """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
-    if not path.exists():
-        return []
     entries = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
             entries.append(json.loads(line))
     entries = [entry for entry in entries if entry["iteration"] <= iteration]
@@ -277,7 +258,7 @@ def load_starting_point(model, args, classes):
     name, source = model.config.backbone, args.backbone_weights
     if source == "none" or (source is None and not model.config.frozen_batch_norm):
         return ["the backbone starts from random weights"]
-    if source is None and name.removesuffix("_384") in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
+    if source is None and name in SWINS and name not in ("swin_t", "swin_s", "swin_b"):
         file = "Microsoft's file, for swin_l_384 swin_large_patch4_window12_384_22k.pth"
         raise InputError(f"--backbone-weights is needed for {name}: give {file}, or none to start from random weights")
     try:
@@ -291,11 +272,9 @@ def load_starting_point(model, args, classes):
 def load_init(model, path, classes):
     """Load what fits of a checkpoint; what belongs to classes is loaded only if they are the same. Returns lines."""
     checkpoint, state = read_checkpoint(path), model.state_dict()
-    fits = lambda name, value: name in state and value.shape == state[name].shape  # noqa: E731
-    found = {name: value for name, value in checkpoint["model"].items() if fits(name, value)}
-    if checkpoint["classes"] != classes:
-        of_classes = ("heads.class_head.", "denoising.label_embedding.")
-        found = {name: value for name, value in found.items() if not name.startswith(of_classes)}
+    other = ("heads.class_head.", "denoising.label_embedding.") if checkpoint["classes"] != classes else ()
+    same = {name: value for name, value in checkpoint["model"].items() if name in state and not name.startswith(other)}
+    found = {name: value for name, value in same.items() if value.shape == state[name].shape}
     if not found:
         raise InputError(f"{path}: nothing in it fits this model; give a checkpoint of a similar preset")
     model.load_state_dict(found, strict=False)

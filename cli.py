@@ -23,6 +23,7 @@ from backbone import Swin
 from config import PRESETS, Config, InputError
 from data import CocoInstances
 from distributed import process_rank, warn
+from files import explaining
 from formats.bdd100k import bdd100k_paths, read_bdd100k
 from formats.coco import coco_paths, read_annotations
 from formats.images import DataError
@@ -159,11 +160,9 @@ def prepare_model(model, args, device):
 
 def autocast_dtype(precision, device):
     """The dtype of autocast for --precision on this device; None: float32, without autocast."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
+    if precision == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"float32": None, "published": torch.float16}.get(precision, getattr(torch, precision, None))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "published": torch.float16}.get(precision)
 
 
 def compile_layers(model, device):
@@ -201,15 +200,11 @@ def require_compiler(flag, device):
 def choose_device(name):
     """torch.device of "cpu", "cuda", ... or, for "auto", a GPU if there is one. Raises InputError for one not there."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if there else "cpu"
-    try:
-        device = torch.device(name)
+    name = ("cuda" if there else "cpu") if name == "auto" else name
+    with explaining(Exception, f"--device {name}: cannot be used here", "use cpu, cuda or auto"):
+        device = torch.device(name)  # each kind of device has errors of its own
         if device.type not in ("cpu", "cuda"):
-            torch.ones(1, device=device).item()
-    except Exception as error:  # each kind of device has errors of its own; "meta" has no values at all
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise InputError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or auto") from None
+            torch.ones(1, device=device).item()  # "meta" has no values at all
     if device.type == "cuda" and (device.index or 0) >= there:
         why = f"there are {there} GPUs here, numbered from 0" if there else "no usable CUDA GPU here; use --device cpu"
         raise InputError(f"--device {name}: {why}")
@@ -284,12 +279,11 @@ class Progress(tqdm):
         how = {"bar_format": line, "file": file, "mininterval": every, "miniters": 1, "leave": False}
         super().__init__(desc=what, total=total, initial=done, unit=unit, disable=process_rank() > 0, **how)
 
-    def step(self, count=1, shown=dict):
-        """`count` more are done. shown(): {name: value} to show beside it, called only where it is shown."""
-        if self.update(count):
-            self.set_postfix(shown(), refresh=not self.lines)
-            if self.lines:
-                self.say(str(self), sys.stderr)
+    def step(self, count=1, **shown):
+        """`count` more are done; `shown` are values to show beside it."""
+        self.set_postfix(shown, refresh=False)
+        if self.update(count) and self.lines:
+            self.say(str(self), sys.stderr)
 
     def say(self, line, file=None):
         """Print a line, above the bar if there is one; on stdout or in another file."""

@@ -1,7 +1,7 @@
 """The processes of a program: how they find each other, exchange values, end together, and which of them speaks."""
 
+import math
 import os
-import pickle
 import sys
 import time
 import warnings
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from config import InputError
+from files import explaining
 
 PATIENCE = 30.0  # seconds that a process waits for the others without a word
 
@@ -26,24 +27,22 @@ def join_processes(device):
         warn(f"SLURM_NTASKS is {tasks} and WORLD_SIZE not set: each process works alone; torchrun makes them one")
     if world in (None, 1):
         return device, 0, 0, 1
-    if rank is None or not 0 <= rank < world:
+    if rank not in range(world):
         raise InputError(f"RANK is {rank} of WORLD_SIZE {world} processes; start them with torchrun")
     if device.type == "cuda":
         there = torch.cuda.device_count()
         local_rank = 0 if local_rank is None and there == 1 else local_rank
-        if local_rank is None or not 0 <= local_rank < there:
+        if local_rank not in range(there):
             here = f"LOCAL_RANK is {local_rank}, this node has {there} GPU(s)"
             raise InputError(f"{here}; start with torchrun, and lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    try:
-        # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host. The timeout is
-        # for those that wait for an evaluation: at COCO's size pycocotools alone needs minutes for every layer.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # gloo also on GPUs: the few numbers that the processes exchange in every step are on the host. The timeout is for
+    # those that wait for an evaluation: at COCO's size pycocotools alone needs minutes for every layer.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    failure = f"the {world} processes do not find each other"
+    with explaining((ValueError, RuntimeError), failure, "start them with torchrun"):
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise InputError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
     if rank > 0:
         warnings.simplefilter("ignore")  # the first process gives them
     return device, rank, local_rank or 0, world
@@ -57,43 +56,34 @@ def environment(name):
         raise InputError(f"{name} is {os.environ[name]!r} and not a number; start with torchrun") from None
 
 
-def process_rank():
-    """The rank of this process, 0 where there is but one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def process_count():
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank():
+    """The rank of this process, 0 where there is but one."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
 def gather(value):
     """The picklable value of every process, ordered by rank, the same list in each; [value] where there is but one.
 
-    Raises InputError where a process is gone.
+    Says so where it waits for long. Raises InputError where a process is gone.
     """
-    if process_count() == 1:
-        return [value]
-    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    try:
-        longest = max(exchange(torch.tensor([len(data)])))
-        parts = exchange(torch.nn.functional.pad(data, (0, longest.item() - len(data))))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise InputError(f"another process than {dist.get_rank()} has ended or is out of reach ({reason})") from None
-    return [pickle.loads(part.numpy()) for part in parts]  # each ends where its pickle ends, whatever follows
-
-
-def exchange(tensor):
-    """The tensor of every process, all of one size; unlike `all_gather_object`, heeds signals and says if it waits."""
-    everywhere, begin = [torch.empty_like(tensor) for _ in range(process_count())], time.monotonic()
-    work, patience = dist.all_gather(everywhere, tensor, async_op=True), PATIENCE
-    while not work.is_completed():
-        time.sleep(0.0005)
-        if time.monotonic() - begin > patience:
-            print(f"process {process_rank()} has waited {patience:.0f} s for the others", file=sys.stderr, flush=True)
-            patience = float("inf")
-    work.wait()
+    everywhere, begin, patience = [value] * process_count(), time.monotonic(), PATIENCE
+    if len(everywhere) == 1:
+        return everywhere
+    rank = process_rank()
+    with explaining(RuntimeError, f"another process than {rank} has ended or is out of reach"):
+        arrival = dist.barrier(async_op=True)  # waiting in `all_gather_object` a process would heed no signal
+        while not arrival.is_completed():
+            time.sleep(0.0005)
+            if time.monotonic() - begin > patience:
+                print(f"process {rank} has waited {patience:.0f} s for the others", file=sys.stderr, flush=True)
+                patience = math.inf
+        arrival.wait()
+        dist.all_gather_object(everywhere, value)
     return everywhere
 
 
@@ -125,8 +115,7 @@ def require_same(**settings):
         first = {value: values.index(value) for value in values}
         warn(f"{name}: " + ", ".join(f"{value} in process {rank}" for value, rank in first.items()))
     advice = "start all with the same flags and, to resume, with the same checkpoint.pt in --output on every node"
-    error = InputError(f"the processes differ in {', '.join(differing)}; {advice}")
-    end_if(error if differing else None)
+    end_if(InputError(f"the processes differ in {', '.join(differing)}; {advice}") if differing else None)
 
 
 def say(line):

@@ -18,7 +18,7 @@ from config import InputError
 from data import loader
 from detections import detect
 from drawing import save_classes, save_layers
-from files import write_whole
+from files import explaining, write_whole
 from formats.coco import coco_results, encode_masks, match_classes
 from formats.images import DataError
 
@@ -33,7 +33,7 @@ def average_precision(coco, results, image_ids, max_detections=100):
     with 300 it is named AR300, with 5 the three are AR1 and AR5. Equal to COCOeval.summarize(), which knows only 100.
     """
     limits = [limit for limit in (1, 10) if limit < max_detections] + [max_detections]
-    scores, per_class = {}, {}
+    scores, classes = {}, [{"name": coco.cats[category_id]["name"]} for category_id in sorted(coco.cats)]
     for name, kind, key in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
         # loadRes takes a mask's area from the box where there is one, and the box from the mask where there is none.
         alone = [{k: result[k] for k in ("image_id", "category_id", "score", key)} for result in results]
@@ -50,10 +50,9 @@ def average_precision(coco, results, image_ids, max_detections=100):
         scores[name] |= {f"AP{size}": mean(best[..., area]) for area, size in enumerate("sml", start=1)}
         scores[name] |= {f"AR{limit}": mean(recall[:, :, 0, i]) for i, limit in enumerate(limits)}
         scores[name] |= {f"AR{size}": mean(most[..., area]) for area, size in enumerate("sml", start=1)}
-        per_class[name] = [mean(best[:, :, k, 0]) for k in range(best.shape[2])]
-    names = [coco.cats[category_id]["name"] for category_id in evaluation.params.catIds]
-    classes = zip(names, per_class["box"], per_class["mask"], strict=True)
-    return scores | {"classes": [dict(zip(("name", "box", "mask"), entry, strict=True)) for entry in classes]}
+        for k, entry in enumerate(classes):
+            entry[name] = mean(best[:, :, k, 0])
+    return scores | {"classes": classes}
 
 
 def mean(values):
@@ -93,8 +92,7 @@ def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_d
                 sizes = [target["original_size"] for target in targets]
                 detections = detect(model, images, sizes, layers, max_detections, 0.0, encode_masks, autocast, labels)
                 for of_layer, batch in zip(found, detections, strict=True):
-                    for target, some in zip(targets, batch, strict=True):
-                        image_id = target["image_id"]
+                    for image_id, some in zip((target["image_id"] for target in targets), batch, strict=True):
                         of_layer[image_id] = coco_results(some, image_id, dataset.category_ids)
                 progress.step(len(images))
 
@@ -152,12 +150,10 @@ def new_file(path, beginning):
     path = Path(path)
     if path.suffix != ".json":
         raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
-    try:
+    with explaining(OSError, f"{path}: cannot be written", "choose another name"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
         there = path.open("rb").read(len(beginning)) if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another name") from None
     if there not in (b"", beginning):
         raise InputError(f"{path}: exists and is another kind of file; choose another name")
     return path
@@ -170,13 +166,12 @@ def write_results(results, coco, path, masks_path):
     COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
     only that: the first file gives the AP and AR of both, but APs, APm and APl of masks need the second.
     """
-    own = lambda entry: entry.get("file_id", entry["id"])  # noqa: E731
-    for file, keys in ((path, ("bbox", "score", "segmentation")), (masks_path, ("score", "segmentation"))):
+    own = lambda table, number: table[number].get("file_id", number)  # noqa: E731
+    for file, without in ((path, None), (masks_path, "bbox")):
         lines = []
         for result in results:
-            image, category = coco.imgs[result["image_id"]], coco.cats[result["category_id"]]
-            ids = {"image_id": own(image), "category_id": own(category)}
-            lines.append(json.dumps(ids | {key: result[key] for key in keys}))
+            ids = {"image_id": own(coco.imgs, result["image_id"]), "category_id": own(coco.cats, result["category_id"])}
+            lines.append(json.dumps({key: value for key, value in (result | ids).items() if key != without}))
         write_whole(file, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -196,7 +191,6 @@ def parse_arguments():
     add("--split", choices=["val", "test"], default="val", help="with --data coco and --data-root (default: val)")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
-    parser.set_defaults(test_json=None, test_images=None)
     args = parser.parse_args()
     if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or args.val_json):
         raise InputError("--split test: is for --data coco with --data-root; for other files, --val-json names them")
@@ -209,7 +203,6 @@ def main():
     args = parse_arguments()
     device, rank, *_ = distributed.join_processes(cli.choose_device(args.device))
     output, results, model, autocast, dataset, labels = distributed.together(lambda: prepare(args, device))
-    annotated = bool(dataset.coco.anns)
     found = find_results(
         model, dataset, args.workers, args.per_layer, args.batch_size, args.max_detections, autocast, labels
     )
@@ -217,7 +210,7 @@ def main():
         return
     if results:
         write_results(found[-1], dataset.coco, *results)
-    if annotated:
+    if dataset.coco.anns:
         scores = score(dataset, found, args.max_detections, args.per_class)
         if output:
             write_whole(output, json.dumps(scores, indent=1) + "\n")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import asdict, replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -135,9 +136,9 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     Returns the terms {name: scalar}, "loss" among them, of which the mean over the processes is that of the whole, and
     whether any process is `stopping`.
     """
-    counts = [len(target["labels"]) for _, targets in batches for target in targets]
-    everywhere = distributed.gather((sum(counts), stopping))
-    num_instances = max(1.0, sum(count for count, _ in everywhere) / len(everywhere))
+    count = sum(len(target["labels"]) for _, targets in batches for target in targets)
+    counts, stopping = zip(*distributed.gather((count, stopping)), strict=True)
+    num_instances = max(1.0, sum(counts) / len(counts))
     sums = {}
     for number, (images, targets) in enumerate(batches, start=1):
         waits = isinstance(model, DistributedDataParallel) and number < len(batches)
@@ -149,14 +150,14 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             (scaler.scale(loss) if scaler else loss).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-    return sums, any(stop for _, stop in everywhere)
+    return sums, any(stopping)
 
 
-def save_picture(model, classes, dataset, path, count=6, threshold=0.3):
-    """PNG of the first images of a data set, the ground truth in the upper row and the detections below."""
+def save_picture(model, classes, dataset, path):
+    """PNG of the first six images of a data set, the ground truth in the upper row and the detections below."""
     columns = []
-    for image, target in map(dataset.ground_truth, range(min(count, len(dataset)))):
-        [[found]] = detect(model, [image], score_threshold=threshold)
+    for image, target in map(dataset.ground_truth, range(min(6, len(dataset)))):
+        [[found]] = detect(model, [image], score_threshold=0.3)
         columns.append([(image, target, dataset.classes), (image, found, classes)])
     write_whole(path, lambda temporary: save_png(draw_rows(columns), temporary))
 
@@ -197,9 +198,8 @@ class Trainer:
         torch.manual_seed(self.args.seed)
         self.model, resumed = DIMaskDINO(config), self.output.resumed
         if not resumed:
-            lines = checkpoint.load_starting_point(self.model, self.args, self.train_set.classes)
-            if self.args.resume:
-                lines.insert(0, f"nothing to resume in {self.output.folder}: starting anew")
+            lines = [f"nothing to resume in {self.output.folder}: starting anew"] * self.args.resume
+            lines += checkpoint.load_starting_point(self.model, self.args, self.train_set.classes)
         self.model.to(self.device)
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.prepare_model(self.model, self.args, self.device)
@@ -210,9 +210,8 @@ class Trainer:
         if resumed:
             states = self.model, self.optimizer, self.scaler
             lines = checkpoint.restore(*resumed, *states, self.settings, self.schedule)
-            self.iteration = self.saved = resumed[1]["iteration"]
-            self.seconds = resumed[1]["seconds"]
-            self.window = resumed[1]["window"]
+            self.iteration, self.seconds, self.window = (resumed[1][x] for x in ("iteration", "seconds", "window"))
+            self.saved = self.iteration
         distributed.say("\n".join(lines))
 
     def describe(self):
@@ -314,18 +313,16 @@ class Trainer:
         numbers = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
         overflows = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         finite = math.isfinite(numbers["loss"]) and (overflows or math.isfinite(norm))
-        everywhere = distributed.gather((numbers, finite, [t["image_id"] for _, targets in batches for t in targets]))
-        names = dict.fromkeys(name for numbers, *_ in everywhere for name in numbers)
-        means = {name: sum(numbers.get(name, 0) for numbers, *_ in everywhere) / self.world for name in names}
-        if not all(finite for _, finite, _ in everywhere):
+        images = [target["image_id"] for _, targets in batches for target in targets]
+        parts, finite, images = zip(*distributed.gather((numbers, finite, images)), strict=True)
+        names = dict.fromkeys(chain(*parts))
+        means = {name: sum(numbers.get(name, 0) for numbers in parts) / self.world for name in names}
+        if not all(finite):
             bad = ", ".join(name for name in sorted(means) if name != "loss" and not math.isfinite(means[name]))
-            images = [image_id for *_, image_ids in everywhere for image_id in image_ids]
-            where = (
-                f"{self.output.folder}: iteration {self.iteration + 1}: {bad or 'the gradient'} not finite on images"
-            )
-            self.save("nonfinite.pt")
+            self.save("nonfinite.pt", keep=None)
+            where = f"{self.output.folder}: iteration {self.iteration + 1}: {bad or 'the gradient'} not finite"
             advice = "the state before it is in nonfinite.pt; look at these images, or lower --lr"
-            distributed.end_if(InputError(f"{where} {images}; {advice}"))
+            distributed.end_if(InputError(f"{where} on images {[*chain(*images)]}; {advice}"))
         return means
 
     def evaluate(self):
@@ -341,7 +338,18 @@ class Trainer:
             autocast=self.autocast, labels=self.labels, stopping=lambda: len(self.signals) > 0,
         )  # fmt: skip
         if results is not None and self.rank == 0:
-            self.write_scores(score(self.val_set, results))
+            scores = score(self.val_set, results)
+            folder, entry = self.output.folder, self.now() | scores
+            totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, entry]]
+            if totals[-1] > max(totals[:-1], default=-1):
+                checkpoint.link(folder / "checkpoint.pt", "best.pt")
+            self.evaluations.append(entry)
+            if self.iteration == self.schedule.iterations:
+                write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
+            self.output.log.write(json.dumps(entry) + "\n")
+            save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{entry['epoch']:03d}.png")
+            box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
+            self.progress.say(f"epoch {entry['epoch']}: box AP {box}, mask AP {mask} after {entry['seconds']:.0f} s")
         self.begin_window()
         return results is None
 
@@ -389,14 +397,14 @@ class Trainer:
         seconds = time.perf_counter() - self.clock
         return {"epoch": self.epoch(self.iteration), "iteration": self.iteration, "seconds": seconds}
 
-    def save(self, name="checkpoint.pt"):
+    def save(self, name="checkpoint.pt", keep="previous.pt"):
         """Write all that going on needs: `settings` and `iteration` give the sampler's position and random states."""
         if self.rank == 0:
             content = {"model": self.model.state_dict(), "config": asdict(self.model.config)}
             content |= {"classes": self.train_set.classes, "category_ids": self.train_set.category_ids}
             content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             content |= {"schedule": self.schedule._asdict(), "settings": self.settings, "window": self.window}
-            self.output.save(content | self.now(), name)
+            checkpoint.save_checkpoint(self.output.folder / name, content | self.now(), keep)
         if name == "checkpoint.pt":
             self.saved = self.iteration
 
@@ -409,41 +417,20 @@ class Trainer:
         self.seen += self.schedule.step_size
         self.window = {name: self.window.get(name, 0) + terms.get(name, 0) for name in self.window | terms}
         steps = (self.iteration - 1) % LOG_EVERY + 1
-        self.progress.step(shown=lambda: self.shown(lr, steps))
-        if steps == LOG_EVERY or self.iteration == self.schedule.iterations:
-            means = {name: value / steps for name, value in self.window.items()}
-            if self.rank == 0:
-                self.output.write(self.now() | self.rates(lr) | means)
-            self.begin_window()
-            self.window = {}
-
-    def shown(self, lr, steps):
-        """What is shown beside the progress: the weighted terms since the last line of the log, and `rates`."""
-        sums = {"loss": self.window["loss"]}
-        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
-        for kind, names in kinds.items():
-            sums[kind] = self.criterion.total({n: v for n, v in self.window.items() if n.startswith(names)})
-        return {name: value / steps for name, value in sums.items()} | self.rates(lr)
-
-    def rates(self, lr):
-        """The learning rate and, since the last line of the log, images a second and the share of time without one."""
+        means = {name: value / steps for name, value in self.window.items()}
         span = time.perf_counter() - self.since
         rates = {"lr": lr, "images_per_second": self.seen / span, "waiting": self.waited / span}
-        return rates | ({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {})
-
-    def write_scores(self, scores):
-        """Write the numbers of an evaluation and a picture, and say them."""
-        folder, entry = self.output.folder, self.now() | scores
-        totals = [sum(entry[kind]["AP"] or 0 for kind in ("box", "mask")) for entry in [*self.evaluations, entry]]
-        if totals[-1] > max(totals[:-1], default=-1):
-            checkpoint.link(folder / "checkpoint.pt", "best.pt")
-        self.evaluations.append(entry)
-        if self.iteration == self.schedule.iterations:
-            write_whole(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
-        self.output.write(entry)
-        save_picture(self.model, self.train_set.classes, self.val_set, folder / f"epoch_{entry['epoch']:03d}.png")
-        box, mask = (percent(scores[kind]["AP"]) for kind in ("box", "mask"))
-        self.progress.say(f"epoch {entry['epoch']}: box AP {box}, mask AP {mask} after {entry['seconds']:.0f} s")
+        if self.device.type == "cuda":
+            rates["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
+        of_kind = lambda names: {name: mean for name, mean in means.items() if name.startswith(names)}  # noqa: E731
+        weighted = {kind: self.criterion.total(of_kind(names)) for kind, names in kinds.items()}
+        self.progress.step(loss=means["loss"], **weighted, **rates)
+        if steps == LOG_EVERY or self.iteration == self.schedule.iterations:
+            if self.rank == 0:
+                self.output.log.write(json.dumps(self.now() | rates | means) + "\n")
+            self.begin_window()
+            self.window = {}
 
 
 def main():
