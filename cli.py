@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from backbone import Swin
 from config import PRESETS, Config, InputError
 from data import CocoInstances
-from distributed import process_rank, warn
+from distributed import process_count, process_rank, warn
 from files import explaining
 from formats.bdd100k import bdd100k_paths, read_bdd100k
 from formats.coco import coco_paths, read_annotations
@@ -250,16 +249,6 @@ class Console:
             self.stream = nowhere
 
 
-def make_console_safe():
-    """Let sys.stdout and sys.stderr be a `Console`, and the file descriptors 0 to 2 be no file that is opened later."""
-    while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(lowest_free)
-    for name in ("stdout", "stderr"):
-        if not isinstance(getattr(sys, name), Console):
-            setattr(sys, name, Console(getattr(sys, name)))
-
-
 class Progress(tqdm):
     """How far a program is, on stderr: a bar on a terminal, else a line at least every 30 s, if no step takes longer.
 
@@ -270,10 +259,9 @@ class Progress(tqdm):
     EVERY = 15.0  # seconds after which the next step prints a line
 
     def __init__(self, what, total, done=0, unit="images"):
-        columns = 0
+        self.lines = True
         with contextlib.suppress(OSError, ValueError):  # no terminal; a container's may have no size, and show no bar
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-        self.lines = columns == 0
+            self.lines = os.get_terminal_size(sys.stderr.fileno()).columns == 0
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}" if self.lines else None
         file, every = (io.StringIO(), self.EVERY) if self.lines else (sys.stderr, 1)
         how = {"bar_format": line, "file": file, "mininterval": every, "miniters": 1, "leave": False}
@@ -295,7 +283,10 @@ def run_program(main):
     """Run a program's `main`; bad data, bad input, files that cannot be written, lack of memory and Ctrl-C end it with
     one line and a status other than 0. Warnings take one line as well. What is printed cannot make it fail.
     """
-    make_console_safe()
+    while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:  # no file that is opened later shall be one of these
+        pass
+    os.close(lowest_free)
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     program = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
@@ -307,8 +298,8 @@ def run_program(main):
         if not (reason := reason_of(error)):
             raise
         sys.exit(f"{program}: error: {reason}")
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if process_count() > 1:
+        torch.distributed.destroy_process_group()
 
 
 # Where a limit of the machine is reached: what an exception's class and words say then, and what the program says.
