@@ -113,7 +113,6 @@ def link(path, name):
         write_whole(path.with_name(name), partial(shutil.copyfile, path))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The folder of a training
 
 
@@ -193,7 +192,6 @@ def newest_checkpoint(output):
             if path == paths[-1]:
                 raise
             warn(f"{error}; trying the one before it")
-    return None
 
 
 def check_config(path, checkpoint, config, settings):
@@ -216,14 +214,11 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
     check_config(path, checkpoint, model.config, settings)
-    rates = [group["base_lr"] for group in optimizer.param_groups]
     with explaining((KeyError, ValueError, RuntimeError), f"{path}: cannot be resumed", "start from it with --init"):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # of float16
             scaler.load_state_dict(checkpoint["scaler"])
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["base_lr"] = rate  # the flags', which may be new
     changed = [name for name, value in schedule._asdict().items() if checkpoint["schedule"].get(name) != value]
     lines = [f"the schedule has changed in {', '.join(changed)}"] if changed else []
     return [f"resuming {path} after iteration {checkpoint['iteration']}", *lines]

@@ -212,7 +212,6 @@ def choose_device(name):
     return device
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What a program says: it changes no result, whatever becomes of the words
 
 

@@ -204,8 +204,8 @@ class Trainer:
         self.model.backbone.requires_grad_(not self.frozen)
         self.autocast = cli.prepare_model(self.model, self.args, self.device)
         self.criterion = SetCriterion(config)
-        groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.groups = parameter_groups(self.model, self.schedule.lr, self.schedule.backbone_lr)
+        self.optimizer = torch.optim.AdamW(self.groups, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         if resumed:
             states = self.model, self.optimizer, self.scaler
@@ -279,9 +279,13 @@ class Trainer:
         self.model.backbone.train(not self.frozen)
         torch.backends.cudnn.benchmark = self.args.augment  # crops are of one size
         factor = lr_factor(self.iteration, self.schedule.milestones, self.schedule.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        batches = distributed.together(self.load)
+        for group, flags in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = flags["base_lr"] * factor  # a checkpoint that was resumed may be of other rates
+        before = time.perf_counter()
+        batches = distributed.together(
+            lambda: [to_device(next(self.batches), self.device) for _ in range(self.args.accumulate)]
+        )
+        self.waited += time.perf_counter() - before
         torch.manual_seed(seed_of(self.args.seed, 2, self.iteration, self.rank))
         self.optimizer.zero_grad()
         stopping = bool(self.signals)
@@ -296,13 +300,6 @@ class Trainer:
         self.stepping = False
         self.count(terms, self.schedule.lr * factor)
         return stopping
-
-    def load(self):
-        """The batches of an iteration, on the device."""
-        before = time.perf_counter()
-        batches = [next(self.batches) for _ in range(self.args.accumulate)]
-        self.waited += time.perf_counter() - before
-        return [to_device(batch, self.device) for batch in batches]
 
     def agree(self, terms, norm, batches):
         """The terms as numbers, means over the processes, of which some may have no denoising terms.
