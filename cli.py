@@ -188,10 +188,8 @@ def require_compiler(flag, device):
     """Raise InputError, for this flag, where torch.compile lacks what it needs to make code for the device."""
     import torch._inductor.cpp_builder  # only here, as it takes a second
 
-    try:
+    with explaining(RuntimeError, f"{flag}: needs a C++ compiler, such as g++", "install one (CXX may name it)"):
         torch._inductor.cpp_builder.get_cpp_compiler()
-    except RuntimeError:
-        raise InputError(f"{flag}: needs a C++ compiler, such as g++; install one (CXX may name it)") from None
     if device.type == "cuda" and not find_spec("triton"):
         raise InputError(f"{flag}: needs Triton on a GPU: python -m pip install triton")
 
