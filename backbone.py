@@ -49,11 +49,19 @@ def build_backbone(name, frozen_batch_norm=True, grad_checkpoint=False):
     return backbone
 
 
-def run_stage(stage, x, grad_checkpoint):
-    """Returns what the blocks of a stage make of x."""
-    for block in stage:
-        x = recompute(block, x) if grad_checkpoint else block(x)
-    return x
+class Backbone(nn.Module):
+    """What the backbones share: `body` is torchvision's model without its classifier; parameters keep their names."""
+
+    grad_checkpoint = False
+
+    def run(self, stages, x):
+        """Returns [C2, C3, C4, C5], what each of the four stages, sequences of blocks, makes of the map before it."""
+        maps = []
+        for stage in stages:
+            for block in stage:
+                x = recompute(block, x) if self.grad_checkpoint else block(x)
+            maps.append(x)
+        return maps
 
 
 def group_norm(channels):
@@ -71,11 +79,6 @@ class FoldedNorm(FrozenBatchNorm2d):
 class NormedConv(nn.Conv2d):
     """A convolution and the frozen batch norm behind it, as one: weight times the norm's gain, the shift as bias."""
 
-    def __init__(self, conv, norm):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                         conv.dilation, conv.groups, bias=False)  # fmt: skip
-        self.weight, self.norm = conv.weight, [norm]  # in a list, so that its entries keep their names
-
     def forward(self, x):
         [norm] = self.norm
         gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -87,20 +90,18 @@ def fold_norms(body):
     """Let every convolution apply the frozen batch norm behind it: two equivalent ways; this one passes over the
     activations once instead of three times, and stores none in float32 under autocast. All names stay as they are.
     """
-    for module in list(body.modules()):
-        for (name, conv), (_, norm) in pairwise(list(module.named_children())):
+    for module in body.modules():
+        for conv, norm in pairwise(module.children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FoldedNorm):
-                setattr(module, name, NormedConv(conv, norm))
+                conv.__class__, conv.norm = NormedConv, [norm]  # in a list, so that its entries keep their names
 
 
-class ResNet(nn.Module):
-    """A torchvision ResNet without its classifier; parameters keep torchvision's names below `body`.
+class ResNet(Backbone):
+    """A torchvision ResNet.
 
     name                a constructor in torchvision.models, e.g. "resnet50"
     frozen_batch_norm   True: batch norm with fixed statistics and gains (pretrained weights); False: GroupNorm
     """
-
-    grad_checkpoint = False
 
     def __init__(self, name, frozen_batch_norm=True):
         super().__init__()
@@ -121,23 +122,14 @@ class ResNet(nn.Module):
 
     def forward(self, images):
         """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
-        body = self.body
-        x = images.contiguous(memory_format=self.memory_format)
-        x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
-        maps = []
-        for stage in self.stages:
-            x = run_stage(stage, x, self.grad_checkpoint)
-            maps.append(x)
-        return maps
+        body, x = self.body, images.contiguous(memory_format=self.memory_format)
+        return self.run(self.stages, body.maxpool(body.relu(body.bn1(body.conv1(x)))))
 
 
-class MobileNet(nn.Module):
-    """torchvision's MobileNetV2 without its classifier and the 1x1 convolution before it; names as torchvision's below
-    `body`. frozen_batch_norm: as for `ResNet`.
-    """
+class MobileNet(Backbone):
+    """torchvision's MobileNetV2, also without the 1x1 convolution before its classifier. Argument: as for `ResNet`."""
 
     channels = [24, 32, 96, 320]  # of C2, C3, C4, C5
-    grad_checkpoint = False
 
     def __init__(self, frozen_batch_norm=True):
         super().__init__()
@@ -147,19 +139,10 @@ class MobileNet(nn.Module):
         fold_norms(self.body)
         self.body.to(memory_format=torch.channels_last)
 
-    @property
-    def stages(self):
-        """The four stages, each a sequence of blocks; the stem is part of the first."""
-        features = self.body.features
-        return features[:4], features[4:7], features[7:14], features[14:]
-
     def forward(self, images):
-        """images (B, 3, H, W), normalised, H, W multiples of 32. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s)."""
-        x, maps = images.contiguous(memory_format=torch.channels_last), []
-        for stage in self.stages:
-            x = run_stage(stage, x, self.grad_checkpoint)
-            maps.append(x)
-        return maps
+        """As `ResNet.forward`; the stem is part of the first stage."""
+        features, x = self.body.features, images.contiguous(memory_format=torch.channels_last)
+        return self.run((features[:4], features[4:7], features[7:14], features[14:]), x)
 
 
 class WindowAttention(ShiftedWindowAttention):
@@ -192,27 +175,21 @@ class WindowAttention(ShiftedWindowAttention):
         return x.roll(dropped, (1, 2))[:, :H, :W]
 
 
-class Swin(nn.Module):
-    """A torchvision Swin transformer without its classifier, with a norm on every stage's output map.
+class Swin(Backbone):
+    """A torchvision Swin transformer, with a norm on every stage's output map.
 
-    Parameters keep torchvision's names below `body`. embed_dim, third_depth, window, stochastic_depth are the numbers
-    of `SWINS`; the other stages have two blocks, and every head 32 channels.
+    embed_dim, third_depth, window, stochastic_depth are the numbers of `SWINS`; the other stages have two blocks, and
+    every head 32 channels.
     """
-
-    grad_checkpoint = False
 
     def __init__(self, embed_dim, third_depth, window, stochastic_depth):
         super().__init__()
         self.channels = [embed_dim * 2**stage for stage in range(4)]  # of C2, C3, C4, C5
         self.body = SwinTransformer(
-            patch_size=[4, 4],
-            embed_dim=embed_dim,
-            depths=[2, 2, third_depth, 2],
-            num_heads=[channels // 32 for channels in self.channels],
-            window_size=[window, window],
-            stochastic_depth_prob=stochastic_depth,
+            patch_size=[4, 4], embed_dim=embed_dim, depths=[2, 2, third_depth, 2], window_size=[window, window],
+            num_heads=[channels // 32 for channels in self.channels], stochastic_depth_prob=stochastic_depth,
             block=partial(SwinTransformerBlock, attn_layer=WindowAttention),
-        )
+        )  # fmt: skip
         del self.body.norm, self.body.head
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 
@@ -224,11 +201,7 @@ class Swin(nn.Module):
     def forward(self, images):
         """images (B, 3, H, W), normalised, any H, W. Returns [C2, C3, C4, C5], (B, channels, H/s, W/s), rounded up."""
         H, W = images.shape[-2:]
-        features = self.body.features
-        x = features[0](F.pad(images, (0, -W % 4, 0, -H % 4)))  # (B, H/4, W/4, C)
-        maps = []
-        for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
-            x = features[2 * i](x) if i else x  # patch merging opens every stage but the first
-            x = run_stage(stage, x, self.grad_checkpoint)
-            maps.append(norm(x).permute(0, 3, 1, 2))
-        return maps
+        # Before the blocks of every stage comes the embedding of patches or their merging.
+        stages = [(first, *stage) for first, stage in zip(self.body.features[::2], self.stages, strict=True)]
+        maps = self.run(stages, F.pad(images, (0, -W % 4, 0, -H % 4)))  # (B, H/s, W/s, C)
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, maps, strict=True)]

@@ -13,12 +13,12 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import SWINS
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from cli import run_program
 from config import PRESETS, Config, InputError
 from formats.bdd100k import BDD100K_CLASSES
 from model import DIMaskDINO
-from weights import RESNET_NAMES, SWIN_NAMES, mismatches, read_weights, renamed, shortened
+from weights import RESNET_NAMES, SWIN_NAMES, listed, mismatches, read_weights, renamed
 
 # Names of entries: (ours, released), each the beginning of a name, "#" a number. The first row that fits holds.
 ENCODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
@@ -148,7 +148,7 @@ def convert_state_dict(released):
                 problems.append(f"contradictory: {name} should equal {first[ours]}")
     if problems:
         some = f"{len(problems)} entries do" if len(problems) > 1 else "1 entry does"
-        raise ConversionError(f"{some} not fit a released checkpoint:\n  " + "\n  ".join(shortened(problems)))
+        raise ConversionError(f"{some} not fit a released checkpoint:{listed(problems)}")
     return {ours: released[name] for ours, name in first.items()}
 
 
@@ -163,7 +163,7 @@ def released_state_dict(state, config):
         raise ConversionError("the released code has no model with backbone mobilenet_v2")
     names, shapes = released_names(config)
     if problems := mismatches(state, shapes):
-        raise ConversionError("entries do not fit its config:\n  " + "\n  ".join(shortened(problems)))
+        raise ConversionError(f"entries do not fit its config:{listed(problems)}")
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
     ours, known = asdict(config), asdict(read_config(released))
@@ -200,13 +200,9 @@ def convert(source, output, trust_pickle=False, box_init=None):
 
 def revert(source, output):
     """Checkpoint of this project -> {"model": released names and tensors}. Returns its Config. Raises InputError."""
-    checkpoint = read_checkpoint(source)
-    try:
-        config = Config(**checkpoint["config"])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source}: its config is not of this version ({error})") from None
-    save_checkpoint(output, {"model": released_state_dict(checkpoint["model"], config)})
-    return config
+    model, checkpoint = load_model(source)
+    save_checkpoint(output, {"model": released_state_dict(checkpoint["model"], model.config)})
+    return model.config
 
 
 def main():

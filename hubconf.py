@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 import pathlib
 import sys
@@ -14,42 +13,43 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from torchvision.transforms.v2 import functional as transforms
 
 dependencies = ["torch", "torchvision", "numpy", "pycocotools", "scipy", "PIL", "tqdm"]
 _HERE = pathlib.Path(__file__).resolve().parent
 
 
-def _modules(*names):
-    """Modules of this folder, private to it: the calling program, or another clone, may have a `data` or a `model`.
-
-    What `import` finds under these names stays as it was. In sys.modules ours have names with a mark of the folder, so
-    that loading it again gives the same ones, and what looks for a class or a function by its module finds it.
-    """
-    alias = lambda name: f"dimaskdino_{zlib.crc32(bytes(_HERE)):x}_{name.replace('.', '_')}"  # noqa: E731
-    if alias(names[0]) not in sys.modules:
-        roots = {path.stem for path in _HERE.glob("*.py")} | {"formats"}
-        take = lambda: {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in roots}  # noqa: E731
-        theirs = take()
-        sys.path.insert(0, str(_HERE))
-        try:
-            for name in names:
-                importlib.import_module(name)
-        finally:
-            sys.path.remove(str(_HERE))
-            ours = take()
-            sys.modules.update(theirs)
-        for name, module in ours.items():
-            module.__name__ = alias(name)
-            sys.modules[alias(name)] = module
-            for value in vars(module).values():
-                if isinstance(value, type | types.FunctionType) and value.__module__ == name:
-                    value.__module__ = alias(name)
-    return [sys.modules[alias(name)] for name in names]
+# The modules of this folder are private to it: the calling program, or another clone, may have a `data` or a `model`.
+# What `import` finds under these names stays as it was. In sys.modules ours begin with a mark of the folder, so that
+# loading it again gives the same ones, and what looks for a class or a function by its module finds it.
+_MARK = f"dimaskdino_{zlib.crc32(bytes(_HERE)):x}_"
+_NAMES = {"formats", *(path.stem for path in _HERE.glob("*.py"))}
 
 
-_checkpoint, _config, _decoder, _detections, _images, _model = _modules(
-    "checkpoint", "config", "decoder", "detections", "formats.images", "model"
-)
+def _take_out():
+    """Remove all modules of such names from sys.modules, and return them by name."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in _NAMES}
+
+
+_theirs = _take_out()
+sys.modules.update({name.removeprefix(_MARK): x for name, x in sys.modules.items() if name.startswith(_MARK)})
+sys.path.insert(0, str(_HERE))
+try:
+    import checkpoint as _checkpoint
+    import config as _config
+    import decoder as _decoder
+    import detections as _detections
+    import formats.images as _images
+    import model as _model
+finally:
+    sys.path.remove(str(_HERE))
+    _ours = _take_out()
+    sys.modules.update(_theirs)
+    for _name, _module in _ours.items():
+        sys.modules[_MARK + _name], _module.__name__ = _module, _MARK + _name
+        for _value in vars(_module).values():
+            if isinstance(_value, type | types.FunctionType) and _value.__module__ == _name:
+                _value.__module__ = _MARK + _name
 
 
 def _entry(preset):
@@ -121,9 +121,12 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
         self.model, self.classes = model.to(device), list(map(str, content["classes"]))
 
     def __call__(self, image):
-        _, threshold, most = self.settings
-        with _without_tf32():
-            [[found]] = _detections.detect(self.model, [_pixels(image)], topk=most, score_threshold=threshold)
+        image, (_, threshold, most) = _pixels(image), self.settings
+        with contextlib.ExitStack() as afterwards:
+            for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # without TF32, as in the programs
+                afterwards.callback(setattr, part, "fp32_precision", part.fp32_precision)
+                part.fp32_precision = "ieee"
+            [[found]] = _detections.detect(self.model, [image], topk=most, score_threshold=threshold)
         return found
 
     def __reduce__(self):
@@ -131,22 +134,6 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
         content = {"model": weights, "config": dataclasses.asdict(self.model.config), "classes": self.classes}
         load = functools.partial(torch.hub.load, str(_HERE), "predictor", source="local")
         return load, (content, *self.settings)
-
-
-@contextlib.contextmanager
-def _without_tf32():
-    """Inside, matrix products and convolutions on a GPU are in float32, as in the programs; then as they were."""
-    matmul, convolutions, name, off = torch.backends.cuda.matmul, torch.backends.cudnn, "allow_tf32", False
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older name may raise
-        convolutions, name, off = convolutions.conv, "fp32_precision", "ieee"
-    theirs = [(part, getattr(part, name)) for part in (matmul, convolutions)]
-    try:
-        for part, _ in theirs:
-            setattr(part, name, off)
-        yield
-    finally:
-        for part, value in theirs:
-            setattr(part, name, value)
 
 
 def _pixels(image):
@@ -159,17 +146,17 @@ def _pixels(image):
     if isinstance(image, PIL.Image.Image):
         found += f" of mode {image.mode}"
         if image.mode[0] not in "IF":  # of more than 8 bits: PIL would clip them
-            image = np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+            image = transforms.pil_to_tensor(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image = torch.from_numpy(image.copy()).permute(2, 0, 1)
     if isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3 and image.numel():
-        if image.dtype == torch.uint8:
-            return image.cpu()
         if image.is_floating_point():
             low, high = (x.item() for x in image.aminmax())
-            if 0 <= low and high <= 1:
-                return (image.detach().cpu().float() * 255).round().to(torch.uint8)
             found += f", values from {low:.3g} to {high:.3g}"
+            if 0 <= low and high <= 1:
+                image = (image.detach().float() * 255).round().to(torch.uint8)
+        if image.dtype == torch.uint8:
+            return image.cpu()
     raise ValueError(
         f"image: {found}; expected a path, a PIL image with 8 bits a channel, a uint8 array (H, W, 3) RGB, or a tensor "
         "(3, H, W) RGB, uint8 or float in [0, 1]"

@@ -118,11 +118,9 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
     """
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
-    dtype = value.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        value, sampling_locations, attention_weights = (
-            x.float() for x in (value, sampling_locations, attention_weights)
-        )
+    if value.dtype in (torch.float16, torch.bfloat16):
+        inputs = value.float(), level_shapes, sampling_locations.float(), attention_weights.float()
+        return ms_deform_attn_pytorch(*inputs).to(value.dtype)
     grids = 2 * sampling_locations - 1
     grids = grids.where(grids.abs() < 3, 3)  # outside every map; grid_sample makes NaN of NaN and infinite ones
     grids = grids.permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (B*M, L, P, Q, 2)
@@ -135,7 +133,7 @@ def ms_deform_attn_pytorch(value, level_shapes, sampling_locations, attention_we
         maps = tokens.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
         samples = F.grid_sample(maps, grids[:, level], padding_mode="zeros", align_corners=False)  # (B*M, D, P, Q)
         out = out + (samples * weights[:, level, None]).sum(2)
-    return out.view(B, M * D, Q).transpose(1, 2).to(dtype)
+    return out.view(B, M * D, Q).transpose(1, 2)
 
 
 def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):

@@ -22,7 +22,7 @@ from detections import detect
 from drawing import draw_instances, is_drawing, save_png, side_by_side
 from files import write_whole
 from formats.coco import coco_results, encode_masks
-from formats.images import DECODER_ERRORS, DataError, read_image
+from formats.images import DataError, read_image, with_image
 
 # Suffixes of what PIL decodes by itself; the formats named are those that it only recognises.
 OTHERS = "BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"
@@ -80,24 +80,14 @@ def search(folder, recursive, output, others, seen):
             yield path
 
 
-def count_pages(path):
-    """Images in the file that one looks at in turn; the second picture that many phones put into a JPEG is none."""
-    try:
-        with Image.open(path) as image:
-            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except DECODER_ERRORS:
-        return 1
-
-
 def overlay_names(images, longest=255):
     """A file name for the overlay of each image, all different, also without capitals, and of at most so many bytes."""
     names = {}
     for image_id, path in enumerate(images, start=1):
         for tries in count():
-            end = f"_{image_id}" * tries + ".png"
-            stem, room = path.stem, longest - len(end)
-            if len(os.fsencode(stem)) > room:
-                stem = os.fsencode(stem)[:room].decode(errors="ignore")
+            stem, end = path.stem, f"_{image_id}" * tries + ".png"
+            while len(os.fsencode(stem + end)) > longest:
+                stem = stem[:-1]
             if (stem + end).lower() not in names:
                 break
         names[(stem + end).lower()] = stem + end
@@ -119,11 +109,6 @@ def claim_output(output, images, lists):
         if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
     return names
-
-
-def write_list(path, entries):
-    """Write a JSON list, an entry a line, whole or not at all. Raises OSError."""
-    write_whole(path, lambda temporary: temporary.write_text(f"[{LINE.join(map(json.dumps, entries))}]\n"))
 
 
 def append(path, entries):
@@ -166,52 +151,44 @@ def fraction(text):
     return float(text)
 
 
-@contextlib.contextmanager
-def written_to(output):
-    """Raises InputError for an OSError of the block, which opens no files but those of `output`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--output {output}: cannot be written ({reason}); make room or choose another") from None
-
-
 def main():
     args = parse_arguments()
     device = cli.choose_device(args.device)
     output, layers = Path(args.output), list(dict.fromkeys(args.layer or [None]))
     images = find_images(args.images, args.recursive, output)
-    listing = output / "images.json"
     lists = [output / ("detections.json" if len(layers) == 1 else f"detections_{layer}.json") for layer in layers]
-    with written_to(output):
-        names = claim_output(output, images, [*lists, listing])
-    model, checkpoint = load_model(args.checkpoint, device)
-    if args.layer and max(layers) > model.config.decoder_layers:
-        raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
-    autocast = cli.prepare_model(model, args, device)
-    limits = {"topk": args.max_detections, "score_threshold": args.score_threshold}
-    find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
-    for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
-        signal.signal(number, signal.default_int_handler)
+    lists.append(output / "images.json")
     nothing = dict.fromkeys(("width", "height", "overlay", "detections"))
     entries = [{"id": image_id, "file_name": str(path)} | nothing for image_id, path in enumerate(images, start=1)]
     try:
-        with written_to(output):
-            for path in [*lists, listing]:
-                write_list(path, [])
+        names = claim_output(output, images, lists)
+        model, checkpoint = load_model(args.checkpoint, device)
+        if args.layer and max(layers) > model.config.decoder_layers:
+            raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
+        autocast = cli.prepare_model(model, args, device)
+        limits = {"topk": args.max_detections, "score_threshold": args.score_threshold}
+        find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
+        for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
+            signal.signal(number, signal.default_int_handler)
+        try:
+            for path in lists:
+                write_whole(path, "[]\n")
             with cli.Progress("predict", len(entries)) as progress:
                 for entry, name in zip(entries, names, strict=True):
                     done, results = predict(entry, find, layers, checkpoint, output / name, progress.say)
-                    for path, some in zip([*lists, listing], [*results, [entry | done]], strict=True):
+                    for path, some in zip(lists, [*results, [entry | done]], strict=True):
                         append(path, some)
                     entry |= done
                     progress.step()
-    finally:
-        with contextlib.suppress(OSError):  # of a full disk, where those that are done are listed
-            write_list(listing, entries)
-        done = [entry["detections"] for entry in entries if entry["overlay"]]
-        found = sum(sum(n) if isinstance(n, list) else n for n in done)
-        print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
+        finally:
+            with contextlib.suppress(OSError):  # of a full disk, where those that are done are listed
+                write_whole(lists[-1], f"[{LINE.join(map(json.dumps, entries))}]\n")
+            done = [entry["detections"] for entry in entries if entry["overlay"]]
+            found = sum(sum(n) if isinstance(n, list) else n for n in done)
+            print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
+    except OSError as error:  # of what is written: what cannot be read has an error of its own
+        reason = error.strerror or error
+        raise InputError(f"--output {output}: cannot be written ({reason}); make room or choose another") from None
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
         raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 
@@ -226,8 +203,11 @@ def predict(entry, find, layers, checkpoint, overlay, say):
     category_ids = checkpoint.get("category_ids", range(1, len(classes) + 1))
     try:
         image = read_image(path)
-        if (pages := count_pages(path)) > 1:
-            say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", sys.stderr)
+        with contextlib.suppress(DataError):  # of a page behind the first, which alone counts
+            # The second picture that many phones put into a JPEG, then an MPO, is no page.
+            pages = with_image(path, lambda file: 1 if file.format == "MPO" else getattr(file, "n_frames", 1))
+            if pages > 1:
+                say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", sys.stderr)
         found = [detections for [detections] in find([image])]
         pictures = [draw_instances(image, detections, classes) for detections in found]
         if len(layers) > 1:

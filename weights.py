@@ -39,7 +39,6 @@ for i in range(4):
         (f"body.features.{2 * i + 1}.#.", f"layers.{i}.blocks.#."),
         (f"body.features.{2 * i + 2}.", f"layers.{i}.downsample."),
     ]
-MOBILENET_NAMES = [("body.", "")]  # torchvision's alone
 # Entries of pretrained classifiers that are no part of a backbone: the classifier itself, MobileNetV2's convolution
 # before it, and what is computed anew.
 NOT_BACKBONE = re.compile(
@@ -52,8 +51,7 @@ def renamed(name, table):
     """`name` with its beginning replaced by the first row (ours, theirs) of the table that fits. Raises KeyError."""
     for ours, theirs in table:
         if match := re.match(re.escape(ours).replace(r"\#", r"(\d+)"), name):
-            numbers = iter(match.groups())
-            return re.sub("#", lambda _: next(numbers), theirs) + name[match.end() :]  # noqa: B023
+            return theirs.replace("#", "{}").format(*match.groups()) + name[match.end() :]
     raise KeyError(name)
 
 
@@ -179,13 +177,14 @@ def mismatches(found, expected):
     ]
 
 
-def shortened(problems, most=10):
-    """The lines of `mismatches`, of each kind the first `most` and how many more there are."""
-    shown = []
+def listed(problems, most=10):
+    """The lines of `mismatches`, indented below another: of each kind the first `most` and how many more there are."""
+    text = ""
     for kind, lines in groupby(problems, lambda line: line.split(":")[0]):
         lines = list(lines)
-        shown += lines[:most] + [f"{kind}: and {len(lines) - most} more"] * (len(lines) > most)
-    return shown
+        shown = lines[:most] + [f"{kind}: and {len(lines) - most} more"] * (len(lines) > most)
+        text += "".join(f"\n  {line}" for line in shown)
+    return text
 
 
 def load_backbone_weights(backbone, source, trust_pickle=False):
@@ -202,14 +201,13 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if not NOT_BACKBONE.match(name)}
     state = backbone.state_dict()
-    table = {ResNet: RESNET_NAMES, Swin: SWIN_NAMES, MobileNet: MOBILENET_NAMES}[type(backbone)]
+    table = {ResNet: RESNET_NAMES, Swin: SWIN_NAMES, MobileNet: [("body.", "")]}[type(backbone)]  # or as here
     formats = {name.removeprefix("body."): name for name in state}, {renamed(name, table): name for name in state}
     names = max(formats, key=lambda names: len(names.keys() & weights.keys()))
     needed = {name: ours for name, ours in names.items() if name in weights or not ours.startswith("norms.")}
     expected = {name: state[ours].shape for name, ours in needed.items()}
     if problems := mismatches(weights, expected):
-        lines = "\n  ".join(shortened(problems))
-        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:\n  {lines}")
+        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:{listed(problems)}")
     backbone.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 
@@ -222,7 +220,5 @@ def download_weights(name):
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # of the connection, of the disk, or of a damaged file
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        reason = str(error) or type(error).__name__
-        advice = f"give its file with --backbone-weights, or put it into {folder}"
-        raise OSError(f"{name}: cannot load {weights.url} ({reason}); {advice}") from None
+        advice = f"give its file with --backbone-weights, or put it into {Path(torch.hub.get_dir(), 'checkpoints')}"
+        raise OSError(f"{name}: cannot load {weights.url} ({str(error) or type(error).__name__}); {advice}") from None
