@@ -134,18 +134,18 @@ def convert_state_dict(released):
     """{released name: tensor or array} -> our state dict {name: tensor}.
 
     Raises ConversionError, listing ten of each kind at most, for entries that are missing, unknown or misshapen for the
-    architecture that most of the entries have, and for modules saved twice with different values.
+    architecture that most of the entries have, or else for modules saved twice with different values.
     """
     released = {name: torch.as_tensor(value) for name, value in released.items() if not IGNORED.match(name)}
     names, shapes = released_names(read_config(released))
-    problems = mismatches(released, {name: shapes[ours] for name, ours in names.items()})
     first = {}
     for name, ours in names.items():
-        if name in released and tuple(released[name].shape) == shapes[ours]:
-            if ours not in first:
-                first[ours] = name
-            elif not torch.equal(released[name], released[first[ours]]):
-                problems.append(f"contradictory: {name} should equal {first[ours]}")
+        first.setdefault(ours, name)
+    problems = mismatches(released, {name: shapes[ours] for name, ours in names.items()}) or [
+        f"contradictory: {name} should equal {first[ours]}"
+        for name, ours in names.items()
+        if not torch.equal(released[name], released[first[ours]])
+    ]
     if problems:
         some = f"{len(problems)} entries do" if len(problems) > 1 else "1 entry does"
         raise ConversionError(f"{some} not fit a released checkpoint:{listed(problems)}")
@@ -208,8 +208,8 @@ def revert(source, output):
 def main():
     parser = argparse.ArgumentParser(description=f"{__doc__} The architecture is read off the tensors' shapes.")
     add = parser.add_argument
-    add("source", metavar="OFFICIAL.pth", help="The checkpoint to convert: a released one, or one of ours.")
-    add("output", metavar="OUT.pt", help="The file to write.")
+    add("source", metavar="OFFICIAL.pth", type=Path, help="The checkpoint to convert: a released one, or one of ours.")
+    add("output", metavar="OUT.pt", type=Path, help="The file to write.")
     add("--reverse", action="store_true", help="Convert one of ours into a file that the released code loads.")
     boxes = (
         "Say where the first selection's boxes come from: mask, around the masks; bitmask, the same, a pixel larger; "
@@ -219,7 +219,7 @@ def main():
     pickles = "Open a file that only Python's pickle can read, such as a .pkl; it runs whatever program the file holds."
     add("--trust-pickle", action="store_true", help=pickles)
     args = parser.parse_args()
-    source, output = Path(args.source), Path(args.output)
+    source, output = args.source, args.output
     if not output.resolve().parent.is_dir():
         raise InputError(f"{output}: its folder does not exist; create it first")
     if output.exists() and source.exists() and output.samefile(source):

@@ -106,11 +106,10 @@ def largest_difference(expected, found):
     """Between two results for the same images, {name: number} of scores, boxes and masks: each detection with the one
     that is most like it, since scores that are nearly equal may come in either order.
     """
-    parts = [(x[0][..., None], x[2], x[3].flatten(2)) for x in (expected, found)]  # (B, N, number of values)
-    labels = [1e3 * x[1][..., None] for x in (expected, found)]
-    ours, theirs = (torch.cat([s, b / 1e3, m / 1e3, n], 2) for (s, b, m), n in zip(parts, labels, strict=True))
-    twin = torch.cdist(ours, theirs, p=torch.inf).argmin(2)
-    pairs = zip(("scores", "boxes", "masks"), *parts, strict=True)
+    ours, theirs = ((s[..., None], b, m.flatten(2), n[..., None]) for s, n, b, m in (expected, found))  # (B, N, values)
+    weighted = [torch.cat([s, b / 1e3, m / 1e3, n * 1e3], 2) for s, b, m, n in (ours, theirs)]
+    twin = torch.cdist(*weighted, p=torch.inf).argmin(2)
+    pairs = zip(("scores", "boxes", "masks"), ours[:3], theirs[:3], strict=True)
     return {name: (one - gather_tokens(other, twin)).abs().max().item() for name, one, other in pairs}
 
 
@@ -167,17 +166,15 @@ def main():
     if (free := shutil.disk_usage(path.resolve().parent).free) < needed:
         raise InputError(f"{path}: {free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed; make room")
     if args.size:
-        dynamic, sizes = None, [(1, *args.size)]
-        bounds = {name: [size, size] for name, size in zip(("batch", "height", "width"), sizes[0], strict=True)}
+        dynamic, (height, width) = None, args.size
+        bounds, sizes = {"batch": [1, 1], "height": [height] * 2, "width": [width] * 2}, [(1, 3, height, width)]
     else:
         dynamic, bounds = dynamic_sizes(model.config, args.max_size)
         least, most = bounds["height"]
-        sizes = [(1, least, least), (2, least + 32, least), (2, min(least + 64, most), min(least + 128, most))]
+        sizes = [(1, 3, least, least), (2, 3, least + 32, least), (2, 3, min(least + 64, most), min(least + 128, most))]
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
-    batch, height, width = sizes[-1]
-    example = (torch.rand(batch, 3, height, width),)
-    program = torch.export.export(detector, example, dynamic_shapes=dynamic, strict=False)
+    program = torch.export.export(detector, (torch.rand(sizes[-1]),), dynamic_shapes=dynamic, strict=False)
     try:
         write(program, path, bounds, args.compile)
     except OSError as error:
@@ -186,11 +183,11 @@ def main():
     ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in bounds.items())
     print(f"takes {ranges}, in steps of 32 pixels")
     run = open_file(path, args.compile)
-    for batch, height, width in sizes:
-        images = torch.rand(batch, 3, height, width)
+    for images in map(torch.rand, sizes):
         found = largest_difference(detector(images), run(images))
         shown = ", ".join(f"{value:.1e} in {name}" for name, value in found.items())
-        print(f"{batch} x {height} x {width}: largest difference from the model {shown}")
+        B, _, H, W = images.shape
+        print(f"{B} x {H} x {W}: largest difference from the model {shown}")
 
 
 if __name__ == "__main__":

@@ -14,36 +14,30 @@ from torch.utils.flop_counter import register_flop_formula
 BUILD = shlex.join([sys.executable or "python", str(Path(__file__).with_name("setup.py")), "build_ext", "--inplace"])
 
 
-def load_op():
-    """Loads the libraries of csrc, which lie beside this file and bear the version of the torch they were built for.
+def load_library(name):
+    """Loads a library of csrc, which lies beside this file and bears the version of the torch it was built for.
 
-    Returns {device type: None, or why the compiled op does not serve that device}.
+    Returns None, or why the compiled op does not serve the device of this library.
     """
-    folder, version = Path(__file__).resolve().parent, torch.__version__
-    reasons = {}
-    for device, name in (("cpu", "_C"), ("cuda", "_C_cuda")):
-        path = folder / f"{name}.torch-{version}.so"
-        others = [other.stem.removeprefix(f"{name}.torch-") for other in folder.glob(f"{name}.torch-*.so")]
-        loaded = [other for other in torch.ops.loaded_libraries if Path(other).name == path.name]  # by another clone
-        if path.exists() and loaded and not filecmp.cmp(path, loaded[0], shallow=False):
-            reasons[device] = f"is another one than this process uses already ({loaded[0]})"
-        elif path.exists():
-            try:
-                if not loaded:  # the same operators twice would abort the process
-                    torch.ops.load_library(path)
-                reasons[device] = None
-            except OSError as error:
-                reasons[device] = f"does not load ({str(error).splitlines()[0]})"
-        elif others:
-            reasons[device] = f"was built for torch {others[0]} and not for this one, {version}"
-        else:
-            reasons[device] = "is not built"
-    reasons["cuda"] = reasons["cpu"] or reasons["cuda"]  # the operators are declared in the CPU library
-    return reasons
+    version = torch.__version__
+    path = Path(__file__).resolve().with_name(f"{name}.torch-{version}.so")
+    if not path.exists():
+        others = [other.stem.removeprefix(f"{name}.torch-") for other in path.parent.glob(f"{name}.torch-*.so")]
+        return f"was built for torch {others[0]} and not for this one, {version}" if others else "is not built"
+    loaded = [other for other in torch.ops.loaded_libraries if Path(other).name == path.name]  # by another clone
+    if loaded:  # the same operators twice would abort the process
+        same = filecmp.cmp(path, loaded[0], shallow=False)
+        return None if same else f"is another one than this process uses already ({loaded[0]})"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"does not load ({str(error).splitlines()[0]})"
+    return None
 
 
 REGISTERED = hasattr(torch.ops.dimaskdino, "ms_deform_attn")  # by another clone of this repository in the process
-WITHOUT_OP = load_op()
+WITHOUT_OP = {"cpu": load_library("_C"), "cuda": load_library("_C_cuda")}  # {device type: None, or why not}
+WITHOUT_OP["cuda"] = WITHOUT_OP["cpu"] or WITHOUT_OP["cuda"]  # the operators are declared in the CPU library
 
 if WITHOUT_OP["cpu"] is None and not REGISTERED:
 

@@ -32,7 +32,7 @@ BAD_NAME = errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ  # where a disk cannot
 
 
 def find_images(paths, recursive, output):
-    """The image files named and those in the folders named, sorted, each once: a list of paths. Raises DataError.
+    """The image files named and those in the folders named, sorted, each once: a list of paths. Raises DataError, OSError.
 
     What folders hold besides is counted on stderr; overlays that an earlier run left in `output` are no images.
     """
@@ -41,10 +41,7 @@ def find_images(paths, recursive, output):
         if not path.exists():
             raise DataError(f"{path}: no such image or folder; check the path")
         others = Counter()
-        try:
-            inside = list(search(path, recursive, output, others, set())) if path.is_dir() else [path]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+        inside = list(search(path, recursive, output, others, set())) if path.is_dir() else [path]
         kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(10)) or "none"
         left_out = f"left out: {others.total()}, most of them {kinds}"
         if not inside:

@@ -94,11 +94,10 @@ def open_weights(path, trust_pickle=False):
             raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; check the path")
-        kind = file_kind(path)
+        if kind := file_kind(path):
+            raise ValueError(f"{path}: is {kind}")
     except PermissionError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    if kind:
-        raise ValueError(f"{path}: is {kind}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # a package of its own
