@@ -10,9 +10,8 @@ import types
 import zlib
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
 dependencies = ["torch", "torchvision", "numpy", "pycocotools", "scipy", "PIL", "tqdm"]
@@ -93,10 +92,7 @@ globals().update({preset: _entry(preset) for preset in _config.PRESETS})
 class predictor:  # by torch.hub's convention a name of its own, like the models'
     """A function of an image that returns its detections, as predict.py finds them.
 
-    checkpoint       file of train.py or convert.py
-    device           "cpu", "cuda", or "auto": a GPU if there is one
-    score_threshold  detections with a lower score are left out
-    max_detections   at most so many
+    checkpoint: file of train.py or convert.py; device: "cpu", "cuda", or "auto", a GPU if there is one.
 
     The image: a path; a PIL image; a uint8 array (H, W, 3) RGB; a tensor (3, H, W) RGB, uint8 or float in [0, 1].
     The detections: {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in pixels of the image, masks (k, H, W) bool},
@@ -143,10 +139,10 @@ def _pixels(image):
     found = type(image).__name__
     if isinstance(image, np.ndarray | torch.Tensor):
         found += f" of {image.dtype}, shape {tuple(image.shape)}"
-    if isinstance(image, PIL.Image.Image):
+    if isinstance(image, Image.Image):
         found += f" of mode {image.mode}"
         if image.mode[0] not in "IF":  # of more than 8 bits: PIL would clip them
-            image = transforms.pil_to_tensor(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+            image = transforms.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         image = torch.from_numpy(image.copy()).permute(2, 0, 1)
     if isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3 and image.numel():

@@ -32,9 +32,10 @@ BAD_NAME = errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ  # where a disk cannot
 
 
 def find_images(paths, recursive, output):
-    """The image files named and those in the folders named, sorted, each once: a list of paths. Raises DataError, OSError.
+    """The image files named and those in the folders named, sorted, each once: a list of paths.
 
-    What folders hold besides is counted on stderr; overlays that an earlier run left in `output` are no images.
+    What folders hold besides is counted on stderr; overlays that an earlier run left in `output` are no images. Raises
+    DataError where there is none, OSError for a folder that cannot be read.
     """
     found = {}
     for path in map(Path, paths):
