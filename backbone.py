@@ -70,7 +70,7 @@ def group_norm(channels):
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """A frozen batch norm that the convolution before it applies, see `fold_norms`."""
+    """A frozen batch norm that the convolution before it applies, a `NormedConv`."""
 
     def forward(self, x):
         return x
@@ -86,14 +86,18 @@ class NormedConv(nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def fold_norms(body):
-    """Let every convolution apply the frozen batch norm behind it: two equivalent ways; this one passes over the
-    activations once instead of three times, and stores none in float32 under autocast. All names stay as they are.
+def build_body(name, frozen_batch_norm):
+    """Returns torchvision's randomly initialised model of that name; frozen_batch_norm: see `ResNet`.
+
+    Every convolution applies the frozen batch norm behind it: two equivalent ways; this one passes over the activations
+    once instead of three times, and stores none in float32 under autocast. All names stay as they are.
     """
+    body = torchvision.models.get_model(name, weights=None, norm_layer=FoldedNorm if frozen_batch_norm else group_norm)
     for module in body.modules():
         for conv, norm in pairwise(module.children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FoldedNorm):
                 conv.__class__, conv.norm = NormedConv, [norm]  # in a list, so that its entries keep their names
+    return body
 
 
 class ResNet(Backbone):
@@ -105,9 +109,7 @@ class ResNet(Backbone):
 
     def __init__(self, name, frozen_batch_norm=True):
         super().__init__()
-        norm_layer = FoldedNorm if frozen_batch_norm else group_norm
-        self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
-        fold_norms(self.body)
+        self.body = build_body(name, frozen_batch_norm)
         # With GroupNorm a step on a CPU is a tenth shorter in the plain layout for images of 64 pixels, else no longer.
         self.memory_format = torch.channels_last if frozen_batch_norm else torch.contiguous_format
         self.body.to(memory_format=self.memory_format)
@@ -133,11 +135,8 @@ class MobileNet(Backbone):
 
     def __init__(self, frozen_batch_norm=True):
         super().__init__()
-        norm_layer = FoldedNorm if frozen_batch_norm else group_norm
-        self.body = torchvision.models.mobilenet_v2(weights=None, norm_layer=norm_layer)
+        self.body = build_body("mobilenet_v2", frozen_batch_norm).to(memory_format=torch.channels_last)
         del self.body.classifier, self.body.features[18]
-        fold_norms(self.body)
-        self.body.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         """As `ResNet.forward`; the stem is part of the first stage."""
