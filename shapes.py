@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
-from pycocotools import mask as mask_utils
 
 from files import write_whole
+from formats.coco import encode_masks
 from formats.segmentations import annotation_of
 
 
@@ -77,11 +78,8 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
             name, image = f"{i + 1:012d}.png", Image.fromarray(pixels)
             write_whole(folder / name, partial(image.save, format="PNG", compress_level=1))
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
-            rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-            for label, rle in zip(labels, rles, strict=True):
-                annotation = annotation_of(rle, i + 1, label + 1)
-                annotation["segmentation"]["counts"] = rle["counts"].decode()
-                annotations.append({"id": len(annotations) + 1} | annotation)
+            for label, rle in zip(labels, encode_masks(torch.from_numpy(masks)), strict=True):
+                annotations.append({"id": len(annotations) + 1} | annotation_of(rle, i + 1, label + 1))
         categories = [{"id": i, "name": name} for i, name in enumerate(HARD_SHAPES if hard else SHAPES, start=1)]
         info = {"description": "generated shapes", "settings": settings}
         contents[path] = {"info": info, "images": images, "annotations": annotations, "categories": categories}

@@ -8,7 +8,8 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from functools import cache
+from difflib import get_close_matches
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,12 +24,9 @@ from formats.segmentations import LEFT_OUT, MISFIT, REFUSED, STRANGE, TRIMMED, c
 
 
 def coco_paths(root, split):
-    """Annotation file and image folder of split "train", "val" or "test"; DataError if they are not there.
+    """Annotation file and image folder of split "train", "val" or "test" in COCO's or Roboflow's layout (docs/data.md).
 
-    Two layouts work. COCO's: root/annotations/instances_{split}2017.json, for the test images also
-    image_info_test-dev2017.json or image_info_test2017.json, with the images in root/{split}2017 or
-    root/images/{split}2017. Roboflow's: root/train, root/valid and root/test, each with _annotations.coco.json beside
-    its images.
+    Raises DataError if they are not there.
     """
     root = Path(root)
     names = [f"annotations/instances_{split}2017.json"]
@@ -157,10 +155,10 @@ def _normalise(dataset, image_dir, need_annotations):
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     sizes[None] = math.inf, math.inf  # of an annotation whose image is unknown
 
+    references = ("image_id", image_ids, STRANGE), ("category_id", category_ids, REFUSED)
     kept, faults = [], {}  # kind: a line for every annotation
     for index, annotation in enumerate(dataset["annotations"]):
-        found = [*_refer(annotation, "image_id", image_ids, STRANGE)]
-        found += [*_refer(annotation, "category_id", category_ids, REFUSED), *_check_numbers(annotation)]
+        found = list(_check_fields(annotation, references))  # first, as it finds the image
         found += check_segmentation(annotation, *sizes[annotation["image_id"]])
         kind, why = min(found, key=itemgetter(0), default=(None, None))
         if found:
@@ -239,18 +237,6 @@ def _unique_ids(dataset, table, fields, notes):
     return ids, {_integer(key): number for key, number in ids.items() if meanings[_integer(key)] == 1}
 
 
-def _refer(annotation, field, ids, unknown):
-    """Put the id of `_unique_ids` into a field, None where there is none; yields (REFUSED or `unknown`, why) then."""
-    value = annotation.get(field)
-    key = _key(value)
-    annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
-    what = f"{field.replace('_', ' ')} {short(value)}, expected"
-    if key is None:
-        yield REFUSED, f"{what} an integer or a text"
-    elif number is None:
-        yield unknown, f"unknown {what} one of {_list(ids[0])}"
-
-
 def _unique_names(dataset, notes):
     """Drop categories without annotations that have the name of another, as Roboflow's placeholder 0 often has."""
     used = {annotation["category_id"] for annotation in dataset["annotations"]}
@@ -279,8 +265,19 @@ def _pixels(image, field):
     return number
 
 
-def _check_numbers(annotation):
-    """Bring iscrowd into one form, and area, to None what is no number of pixels; yields (REFUSED, why)."""
+def _check_fields(annotation, references):
+    """Bring ids and iscrowd into one form, and area, to None what is no number of pixels; yields (kind, why).
+
+    references: of each field with an id its name, the ids of `_unique_ids`, and the kind of fault of an unknown one.
+    """
+    for field, ids, unknown in references:
+        value = annotation.get(field)
+        key, what = _key(value), f"{field.replace('_', ' ')} {short(value)}, expected"
+        annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
+        if key is None:
+            yield REFUSED, f"{what} an integer or a text"
+        elif number is None:
+            yield unknown, f"unknown {what} one of {_list(ids[0])}"
     try:
         annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
     except (KeyError, TypeError):
@@ -301,7 +298,7 @@ def _find_files(images, image_dir, notes):
         present = set(os.listdir(image_dir))  # one listing instead of a system call per image
     except OSError as error:
         raise DataError(f"{image_dir} is not a readable image folder ({error.strerror}); check the path") from None
-    alike = cache(lambda folder: _by_plain_name(os.path.join(image_dir, folder)))
+    alike = cache(partial(_by_plain_name, image_dir))
     missing, again, files = [], [], {}
     for image in images:
         given = image.get("file_name") or image.get("coco_url")
@@ -320,10 +317,8 @@ def _find_files(images, image_dir, notes):
             advice = "give the folder that has them all"
             raise DataError(f"images {other!r} and {given!r} would both be {name!r} in {image_dir}; {advice}")
     if missing:
-        wanted, names = _plain(SEPARATOR.split(missing[0])[-1]), alike("")
-        ends = lambda name: os.path.commonprefix((name, wanted)) + os.path.commonprefix((name[::-1], wanted[::-1]))  # noqa: E731
-        nearest = max(names.items(), key=lambda pair: len(ends(pair[0])), default=None)
-        there = f"the nearest name there is {short(nearest[1][0])}" if nearest else "the folder is empty"
+        nearest = get_close_matches(_plain(SEPARATOR.split(missing[0])[-1]), alike(""), n=1, cutoff=0)
+        there = f"the nearest name there is {short(alike('')[nearest[0]][0])}" if nearest else "the folder is empty"
         what = f"the first is {short(missing[0])}, {there}; check the image folder"
         raise DataError(f"{len(missing)} of {len(images)} images are not in {image_dir}, {what}")
     if again:
@@ -334,7 +329,7 @@ def _find_file(given, image_dir, alike):
     """The file in the folder that a path, perhaps of another machine, means, by as much of its end as is there.
 
     In this spelling or else in one that a person takes for the same; None if there is none, DataError if several fit.
-    alike: {plain name: names} of a folder in `image_dir`.
+    alike: `_by_plain_name` of a folder in `image_dir`.
     """
     if os.path.isfile(os.path.join(image_dir, given)):
         return given
@@ -357,10 +352,10 @@ def _plain(name):
     return unicodedata.normalize("NFD", unquote(name, errors="surrogateescape").lower())
 
 
-def _by_plain_name(folder):
-    """The names in a folder by `_plain`; none if it is no folder."""
-    names = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+def _by_plain_name(image_dir, folder):
+    """{what `_plain` makes of it: names} of what is in a folder within another; empty if it is no folder."""
+    names, path = {}, os.path.join(image_dir, folder)
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
         names.setdefault(_plain(name), []).append(name)
     return names
 

@@ -109,9 +109,10 @@ def _turn(path, image, size, load):
         raise DataError(f"{path}: {sizes}; correct the file or the annotations")
     if load:
         image.load()
-        turned = bool(tiff) and _orientation(image) != orientation  # PIL's decoder of TIFF does so
-        if orientation > 1 and (fitting[0] != shown) == turned:
-            image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation) if turned else orientation])
+        if (left := _orientation(image)) > 1:  # PIL's decoder of TIFF has turned the image already
+            image = image.transpose(UPRIGHT[left])
+        if fitting[0] != shown:
+            image = image.transpose(UPRIGHT[INVERSE.get(orientation, orientation)])
     return image, fitting[0]
 
 
