@@ -218,22 +218,18 @@ def clip_polygon(points, window):
 
 def _place_rle(rle, image_size, flip, resized, offset, window):
     """As `_place_polygons`. The box is that of the pixels in sight, as squares; the mask takes the nearest pixel."""
-    (width, height), ratio = image_size, resized / image_size
+    ratio, window = resized / image_size, np.minimum(window, resized - offset)  # without the padding
     if isinstance(rle["counts"], list):
-        rle = mask_utils.frPyObjects(rle, height, width)
-    window = np.minimum(window, resized - offset)  # without the padding
-    low, high = np.floor(offset / ratio), np.minimum(np.ceil((offset + window) / ratio), image_size)
-    left = width - high[0] if flip else low[0]
-    in_sight = mask_utils.frPyObjects(np.array([[left, low[1], *(high - low)]]), height, width)
-    x, y, w, h = mask_utils.toBbox(mask_utils.merge([rle, *in_sight], intersect=True))
-    x = width - x - w if flip else x
+        rle = mask_utils.frPyObjects(rle, *rle["size"])
+    mask = mask_utils.decode(rle)[:, :: -1 if flip else 1]
+    low = np.floor(offset / ratio).astype(int)
+    high = np.minimum(np.ceil((offset + window) / ratio), image_size).astype(int)
+    in_sight = np.asfortranarray(mask[low[1] : high[1], low[0] : high[0]])
+    x, y, w, h = mask_utils.toBbox(mask_utils.encode(in_sight)) + [*low, 0, 0]
     box = (np.array([(x, y), (x + w, y + h)]) * ratio - offset).clip(0, window)
-    if not w:
-        return box, None, None
     first, pixels = _pixels(box, window)
     columns, rows = (((np.arange(n) + 0.5 + first[i] + offset[i]) / ratio[i]).astype(int) for i, n in enumerate(pixels))
-    columns = width - 1 - columns if flip else columns
-    return box, first, mask_utils.encode(np.asfortranarray(mask_utils.decode(rle)[rows[:, None], columns]))
+    return box, first, mask_utils.encode(np.asfortranarray(mask[rows[:, None], columns]))
 
 
 def _pixels(box, window):

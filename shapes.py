@@ -120,9 +120,9 @@ def draw_shapes(rng, size, hard=False):
             radius = size * smallest * (largest / smallest) ** rng.random()  # log-uniform
             patch = _coverage(outlines[label], radius, rng.uniform(-tilt, tilt))
             y, x = rng.uniform(0.6 * radius, size - 0.6 * radius, 2).round().astype(int) - len(patch) // 2
-            coverage = np.zeros((size, size), np.float32)
-            top, left, bottom, right = max(y, 0), max(x, 0), min(y + len(patch), size), min(x + len(patch), size)
-            coverage[top:bottom, left:right] = patch[top - y : bottom - y, left - x : right - x]
+            canvas = Image.new("F", (size, size))
+            canvas.paste(Image.fromarray(patch), (int(x), int(y)))  # cut off at the edges
+            coverage = np.asarray(canvas)
             new_owner = np.where(coverage >= 0.5, len(labels), owner)
             new_areas = areas + [(patch >= 0.5).sum()]
             visible = np.bincount(new_owner[new_owner >= 0], minlength=len(new_areas))
