@@ -67,40 +67,35 @@ class CocoInstances(Dataset):
         are visible: labels (n,) int64; boxes (n, 4) float32, xyxy in pixels; masks (n, H, W) bool.
         """
         index, generator = (key[0], torch.Generator().manual_seed(key[1])) if isinstance(key, tuple) else (key, None)
-        if not self.training:
-            image, instances = resize_shorter(self._read(index)[0], *self.test_size), {}
-        elif not self.augmentation:
-            image, instances = self.ground_truth(index)
+        if self.training:
+            image, instances = self.ground_truth(index, self.augmentation, generator)
         else:
-            size, scale = self.augmentation
-            image, annotations = self._read(index)
-            placement = draw_augmentation(image.shape[1:], size, scale, generator)
-            image, *placed = augment(image, [a["segmentation"] for a in annotations], *placement, size)
-            instances = self._instances(annotations, *placed)
+            image, instances = resize_shorter(self._read(index), *self.test_size), {}
         entry = self.coco.imgs[self.image_ids[index]]
         target = {"image_id": entry["id"], "original_size": (entry["height"], entry["width"])}
         return F.to_dtype(image, torch.float32, scale=True), target | instances
 
-    def ground_truth(self, index):
-        """Item `index` as the evaluation sees it, with its instances: to draw, and to train without augmentation.
+    def ground_truth(self, index, augmentation=None, generator=None):
+        """Item `index` with its instances, augmented or as the evaluation sees it: to draw, and to train.
 
         Image (3, H, W) uint8 RGB; labels (n,) int64, boxes (n, 4) float32, xyxy in pixels, masks (n, H, W) bool.
         """
-        image, annotations = self._read(index)
-        resized = resize_shorter(image, *self.test_size)
-        segmentations, size = [a["segmentation"] for a in annotations], resized.shape[1:]
-        placed = place_instances(segmentations, image.shape[1:], False, size, (0, 0), size)
-        return resized, self._instances(annotations, *placed)
+        image, annotations = self._read(index), self.instances[self.image_ids[index]]
+        segmentations, stored = [annotation["segmentation"] for annotation in annotations], image.shape[1:]
+        if augmentation:
+            placement = draw_augmentation(stored, *augmentation, generator)
+            image, boxes, masks, kept = augment(image, segmentations, *placement, augmentation[0])
+        else:
+            image = resize_shorter(image, *self.test_size)
+            size = image.shape[1:]
+            boxes, masks, kept = place_instances(segmentations, stored, False, size, (0, 0), size)
+        labels = torch.tensor([self.labels[annotations[i]["category_id"]] for i in kept], dtype=torch.int64)
+        return image, {"labels": labels, "boxes": boxes, "masks": masks}
 
     def _read(self, index):
-        """Image (3, H, W) uint8 and its usable annotations."""
+        """Image (3, H, W) uint8 as it is stored."""
         entry = self.coco.imgs[self.image_ids[index]]
-        image = read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
-        return image, self.instances[entry["id"]]
-
-    def _instances(self, annotations, boxes, masks, kept):
-        labels = torch.tensor([self.labels[annotations[i]["category_id"]] for i in kept], dtype=torch.int64)
-        return {"labels": labels, "boxes": boxes, "masks": masks}
+        return read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
 
 
 def resize_shorter(image, shorter=800, longer=1333):
