@@ -93,7 +93,7 @@ class CocoInstances(Dataset):
         return image, {"labels": labels, "boxes": boxes, "masks": masks}
 
     def _read(self, index):
-        """Image (3, H, W) uint8 as it is stored."""
+        """Image (3, H, W) uint8, of the size that is annotated."""
         entry = self.coco.imgs[self.image_ids[index]]
         return read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
 

@@ -272,12 +272,12 @@ def _check_fields(annotation, references):
     """
     for field, ids, unknown in references:
         value = annotation.get(field)
-        key, what = _key(value), f"{field.replace('_', ' ')} {short(value)}, expected"
+        key = _key(value)
         annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
-        if key is None:
-            yield REFUSED, f"{what} an integer or a text"
-        elif number is None:
-            yield unknown, f"unknown {what} one of {_list(ids[0])}"
+        if number is None:
+            what = f"{field.replace('_', ' ')} {short(value)}, expected"
+            why = f"{what} an integer or a text" if key is None else f"unknown {what} one of {_list(ids[0])}"
+            yield REFUSED if key is None else unknown, why
     try:
         annotation["iscrowd"] = FLAGS[annotation.get("iscrowd")] | FLAGS[annotation.get("ignore")]
     except (KeyError, TypeError):

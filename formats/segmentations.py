@@ -39,27 +39,31 @@ def check_segmentation(annotation, height, width):
         if shape:
             x0, y0, x1, y1 = bounds = _bounds(shape)
             visible = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
-            where = f"its {width:g}x{height:g} image ({_corners(bounds)})"
             if not all(abs(number) <= 10 * (width + height) for number in bounds):  # the rasteriser walks all edges
-                yield REFUSED, f"polygon with coordinates far outside {where}"
+                what = "polygon with coordinates far outside its"
+                yield REFUSED, f"{what} {width:g}x{height:g} image ({_corners(bounds)})"
             elif not (visible[0] < visible[2] and visible[1] < visible[3]):
-                yield LEFT_OUT, f"its mask lies outside {where}"
+                yield LEFT_OUT, f"its mask lies outside its {width:g}x{height:g} image ({_corners(bounds)})"
     except Fault as fault:
         yield fault.args
+    yield from _check_box(annotation, bounds, visible)
 
-    what = lambda: f"box {short(annotation['bbox'])}"  # noqa: E731
+
+def _check_box(annotation, bounds, visible):
+    """Compare bbox with the bounds of the mask and of its visible part, which it is set to where there is none."""
+    given = annotation.get("bbox")
     try:
-        x, y, w, h = box = DOUBLES(annotation.get("bbox") or NO_BOX)
+        x, y, width, height = box = DOUBLES(given or NO_BOX)
     except (TypeError, ValueError, OverflowError):
-        yield REFUSED, f"{what()} (x, y, width, height) is not a list of four numbers"
+        yield REFUSED, f"box {short(given)} (x, y, width, height) is not a list of four numbers"
         return
     if all(map(math.isnan, box)):
         x0, y0, x1, y1 = visible
         annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-    elif not (w > 0 and h > 0 and math.isfinite(sum(box))):
-        yield LEFT_OUT, f"{what()} (x, y, width, height) has no area"
-    elif not (_fit(box, bounds) or _fit(box, visible)):  # neither that of the mask nor of its part in the image
-        yield MISFIT, f"{what()}, but the mask has {_corners(bounds)}"
+    elif not (width > 0 and height > 0 and math.isfinite(sum(box))):
+        yield LEFT_OUT, f"box {short(given)} (x, y, width, height) has no area"
+    elif not (_fit(box, bounds) or _fit(box, visible)):
+        yield MISFIT, f"box {short(given)}, but the mask has {_corners(bounds)}"
 
 
 def _is_flat(polygon):
@@ -111,11 +115,12 @@ def _polygons(segmentation):
     """Polygons of a list of polygons, of one polygon, or of lists of [x, y] points; TypeError for what is neither."""
     if not isinstance(segmentation, list):
         raise TypeError
-    if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
-        return [DOUBLES(chain(*segmentation))] if segmentation else []
-    if list in map(type, segmentation):
+    kinds = set(map(type, segmentation))
+    if kinds == {list} and set(map(len, segmentation)) == {2}:
+        return [DOUBLES(chain(*segmentation))]
+    if list in kinds:
         return [polygon for inner in segmentation for polygon in _polygons(inner)]
-    return [DOUBLES(segmentation)]
+    return [DOUBLES(segmentation)] if segmentation else []
 
 
 def _rle(segmentation, height, width):
