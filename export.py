@@ -24,7 +24,7 @@ from config import InputError
 from decoder import masks
 from detections import best_queries
 from di import gather_tokens
-from files import write_whole
+from files import explaining, write_whole
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that .onnx needs
 MOST = 64  # images in a batch
@@ -63,8 +63,7 @@ def dynamic_sizes(config, largest=4096):
     The smallest side is that of a square whose tokens suffice for the first selection, and of which every map has more
     than one cell, as a map of one is a case of its own to torch.export. Raises InputError where `largest` is too small.
     """
-    tokens = lambda n: sum((n * 32 // stride) ** 2 for stride in (8, 16, 32, 64))  # noqa: E731
-    least = next(n for n in count(3) if tokens(n) >= config.selections[0])
+    least = next(n for n in count(3) if sum((32 * n // s) ** 2 for s in (8, 16, 32, 64)) >= config.selections[0])
     if largest // 32 <= least:
         raise InputError(f"--max-size {largest}: must be {32 * least + 32} or more for this model; or give --size")
     height, width = (Dim(name, min=least, max=largest // 32) for name in ("height", "width"))
@@ -125,10 +124,8 @@ def check_output(path, compiled, half):
         require_compiler("--compile", torch.device("cpu"))
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
-    try:
+    with explaining(OSError, f"{path}: cannot be written", "choose another place"):
         tempfile.TemporaryFile(dir=path.resolve().parent).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def parse_arguments():
@@ -175,10 +172,8 @@ def main():
     detector = Detector(model, args.max_detections, torch.bfloat16 if args.half else None).eval()
     begin = time.perf_counter()
     program = torch.export.export(detector, (torch.rand(sizes[-1]),), dynamic_shapes=dynamic, strict=False)
-    try:
+    with explaining(OSError, f"{path}: cannot be written", "nothing is left of it"):
         write(program, path, bounds, args.compile)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); nothing is left of it") from None
     print(f"{path}: written in {time.perf_counter() - begin:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
     ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in bounds.items())
     print(f"takes {ranges}, in steps of 32 pixels")

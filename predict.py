@@ -20,7 +20,7 @@ from checkpoint import load_model
 from config import InputError
 from detections import detect
 from drawing import draw_instances, is_drawing, save_png, side_by_side
-from files import write_whole
+from files import explaining, write_whole
 from formats.coco import coco_results, encode_masks
 from formats.images import DataError, read_image, with_image
 
@@ -99,10 +99,9 @@ def claim_output(output, images, lists):
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()
     names = overlay_names(images, os.pathconf(output, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255)
-    try:
+    earlier = False
+    with contextlib.suppress(OSError, ValueError, TypeError):
         earlier = all("overlay" in entry for entry in json.loads((output / "images.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        earlier = False
     for path in [output / name for name in names] + lists:
         if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
@@ -158,7 +157,8 @@ def main():
     lists.append(output / "images.json")
     nothing = dict.fromkeys(("width", "height", "overlay", "detections"))
     entries = [{"id": image_id, "file_name": str(path)} | nothing for image_id, path in enumerate(images, start=1)]
-    try:
+    # What is read has errors of its own; an OSError is of what is written.
+    with explaining(OSError, f"--output {output}: cannot be written", "make room or choose another"):
         names = claim_output(output, images, lists)
         model, checkpoint = load_model(args.checkpoint, device)
         if args.layer and max(layers) > model.config.decoder_layers:
@@ -184,9 +184,6 @@ def main():
             done = [entry["detections"] for entry in entries if entry["overlay"]]
             found = sum(sum(n) if isinstance(n, list) else n for n in done)
             print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
-    except OSError as error:  # of what is written: what cannot be read has an error of its own
-        reason = error.strerror or error
-        raise InputError(f"--output {output}: cannot be written ({reason}); make room or choose another") from None
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
         raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 

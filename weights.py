@@ -14,6 +14,7 @@ import torch
 import torchvision
 
 from backbone import MobileNet, ResNet, Swin
+from files import explaining
 
 # Parameter names here and in the files of others: (ours, theirs), each the beginning of a name, "#" a number. The first
 # row that fits holds.
@@ -89,41 +90,34 @@ def open_weights(path, trust_pickle=False):
     whatever program the file holds; ValueError or OSError, in one line, for what cannot be read.
     """
     path = Path(path)
-    try:
+    with explaining(PermissionError, f"{path}: cannot be read", "check its rights"):
         if path.is_dir():
             raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; check the path")
         if kind := file_kind(path):
             raise ValueError(f"{path}: is {kind}")
-    except PermissionError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    try:
+    if path.suffix == ".safetensors":
+        with explaining(ImportError, f"{path}: needs a further package", "python -m pip install safetensors"):
+            from safetensors.torch import load_file
+    # Whatever zip, pickle and their own checks come across.
+    with explaining(Exception, f"{path}: not a readable checkpoint, perhaps truncated"):
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # a package of its own
-
             return load_file(path)
         if path.suffix != ".pkl":
             with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
                 return torch.load(path, map_location="cpu", weights_only=True)
-        if not trust_pickle and is_pickle(path):
-            raise PermissionError(
-                f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
-                "if you trust where the file comes from, add --trust-pickle"
-            )
-        if not trust_pickle:
-            raise ValueError("no whole file of torch.save")
-        if path.suffix != ".pkl":
+        if trust_pickle and path.suffix != ".pkl":
             return torch.load(path, map_location="cpu", weights_only=False)
-        with open(path, "rb") as file:
-            return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
-    except PermissionError:
-        raise
-    except ImportError:
-        raise PermissionError(f"{path}: needs a further package: python -m pip install safetensors") from None
-    except Exception as error:  # whatever zip, pickle and their own checks come across
-        reason = str(error).split("\n")[0][:100] or type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint, perhaps truncated ({reason})") from None
+        if trust_pickle:
+            with open(path, "rb") as file:
+                return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
+        if not is_pickle(path):
+            raise ValueError("no whole file of torch.save")
+    raise PermissionError(
+        f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
+        "if you trust where the file comes from, add --trust-pickle"
+    )
 
 
 # Where programs put the weights in what they save, the first that is there: PyTorch Lightning's are in "state_dict".
@@ -212,10 +206,8 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
 
 def download_weights(name):
     """{name: tensor} of torchvision's weights of that name, from its cache or the net. Raises ValueError or OSError."""
-    try:
+    with explaining((ValueError, KeyError, AttributeError), f"{name}: torchvision has no weights of that name"):
         weights = torchvision.models.get_weight(name)
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{name}: torchvision has no weights of that name") from None
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # of the connection, of the disk, or of a damaged file
