@@ -32,7 +32,6 @@ def load_library(name):
         torch.ops.load_library(path)
     except OSError as error:
         return f"does not load ({str(error).splitlines()[0]})"
-    return None
 
 
 REGISTERED = hasattr(torch.ops.dimaskdino, "ms_deform_attn")  # by another clone of this repository in the process

@@ -68,7 +68,6 @@ def file_kind(path):
         return "a Git LFS pointer, not the weights; fetch them with git lfs pull"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start) and start.isascii() and not is_pickle(path):
         return "a text, not weights; check the path"
-    return None
 
 
 def is_pickle(path):
