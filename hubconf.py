@@ -92,7 +92,8 @@ globals().update({preset: _entry(preset) for preset in _config.PRESETS})
 class predictor:  # by torch.hub's convention a name of its own, like the models'
     """A function of an image that returns its detections, as predict.py finds them.
 
-    checkpoint: file of train.py or convert.py; device: "cpu", "cuda", or "auto", a GPU if there is one.
+    checkpoint: file of train.py or convert.py; device: "cpu", "cuda", or "auto", a GPU if there is one. Detections with
+    a score below score_threshold are left out, and all but the best max_detections.
 
     The image: a path; a PIL image; a uint8 array (H, W, 3) RGB; a tensor (3, H, W) RGB, uint8 or float in [0, 1].
     The detections: {scores (k,), labels (k,) int64, boxes (k, 4) xyxy in pixels of the image, masks (k, H, W) bool},
