@@ -200,7 +200,7 @@ def predict(entry, find, layers, checkpoint, overlay, say):
         image = read_image(path)
         with contextlib.suppress(DataError):  # of a page behind the first, which alone counts
             # The second picture that many phones put into a JPEG, then an MPO, is no page.
-            pages = with_image(path, lambda file: 1 if file.format == "MPO" else getattr(file, "n_frames", 1))
+            pages = with_image(path, lambda x: 1 if x.format == "MPO" else getattr(x, "n_frames", 1), again=False)
             if pages > 1:
                 say(f"predict.py: {path}: has {pages} pages or frames; only the first is taken", sys.stderr)
         found = [detections for [detections] in find([image])]
