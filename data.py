@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
@@ -254,13 +253,17 @@ def collate(batch):
             target["masks"] = torch.nn.functional.pad(target["masks"], padding) if any(padding) else target["masks"]
         targets.append(target)
     if get_worker_info():  # here, where an error is heard of; in the thread that sends the batch it would be lost
-        tree_map_only(torch.Tensor, lambda tensor: tensor.share_memory_(), (images, targets))
+        for value in [*images, *(value for target in targets for value in target.values())]:
+            if torch.is_tensor(value):
+                value.share_memory_()
     return images, targets
 
 
 def to_device(batch, device):
     """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    images, targets = batch
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    return list(map(move, images)), [{key: move(value) for key, value in target.items()} for target in targets]
 
 
 # --- training batches: randomness follows from the seed and the position, so that a resumed run repeats nothing
