@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import asdict, replace
 from itertools import chain
 
@@ -139,7 +139,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
     count = sum(len(target["labels"]) for _, targets in batches for target in targets)
     counts, stopping = zip(*distributed.gather((count, stopping)), strict=True)
     num_instances = max(1.0, sum(counts) / len(counts))
-    sums = {}
+    sums = Counter()  # whose `update` adds
     for number, (images, targets) in enumerate(batches, start=1):
         waits = isinstance(model, DistributedDataParallel) and number < len(batches)
         with model.no_sync() if waits else contextlib.nullcontext():
@@ -148,8 +148,7 @@ def backward(model, criterion, batches, autocast=None, scaler=None, stopping=Fal
             terms = criterion(outputs, targets, num_instances)
             loss = criterion.total(terms)
             (scaler.scale(loss) if scaler else loss).backward()
-        for name, term in {"loss": loss, **terms}.items():
-            sums[name] = sums.get(name, 0) + term.detach()
+        sums.update({name: term.detach() for name, term in {"loss": loss, **terms}.items()})
     return sums, any(stopping)
 
 
@@ -188,7 +187,7 @@ class Trainer:
                          "classes": self.train_set.classes}  # fmt: skip
         self.iteration, self.seconds = 0, 0.0
         self.saved, self.stepping = 0, False  # the iteration of checkpoint.pt; whether the weights are half changed
-        self.window = {}  # sums of the terms since the last line of the log
+        self.window = Counter()  # sums of the terms since the last line of the log
         self.signals = []  # when the first one came
         self.output = checkpoint.Output(args.output, args.resume)
         self.build(replace(config, num_classes=len(self.train_set.classes)))
@@ -210,8 +209,8 @@ class Trainer:
         if resumed:
             states = self.model, self.optimizer, self.scaler
             lines = checkpoint.restore(*resumed, *states, self.settings, self.schedule)
-            self.iteration, self.seconds, self.window = (resumed[1][x] for x in ("iteration", "seconds", "window"))
-            self.saved = self.iteration
+            self.iteration = self.saved = resumed[1]["iteration"]
+            self.seconds, self.window = resumed[1]["seconds"], Counter(resumed[1]["window"])
         distributed.say("\n".join(lines))
 
     def describe(self):
@@ -232,7 +231,7 @@ class Trainer:
     # The loop
 
     def run(self):
-        """Train to the end of the schedule, to --max-iterations, or to a signal; what ends it early saves first."""
+        """Train to the end of the schedule, to --max-iterations, or to a signal in any process; errors save first."""
         entries = distributed.together(lambda: self.output.begin(self.iteration))
         self.evaluations = [entry for entry in entries if "box" in entry]
         self.batches = train_batches(
@@ -244,25 +243,20 @@ class Trainer:
         self.clock = time.perf_counter() - self.seconds  # when it would have begun without interruption
         self.begin_window()
         progress = cli.Progress("train", self.stop, self.iteration, "iterations")
-        with contextlib.closing(self.batches), self.saving_first(), progress as self.progress:
-            stopped = self.train()
-        if stopped:
-            distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
-
-    def train(self):
-        """Steps with their checkpoints and evaluations. Returns whether a signal ended them, in whichever process."""
         every, stopping = self.args.eval_every, False
-        evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
-        if self.ends_epoch(every) and not distributed.gather(evaluated)[0]:
-            stopping = self.evaluate()  # it was interrupted in this one
-        while self.iteration < self.stop and not stopping:
-            stopping = self.step()
-            due = self.ends_epoch() or self.iteration == self.stop or self.iteration % self.args.save_every == 0
-            if due or stopping:
-                self.save()
-            if self.ends_epoch(every) and not stopping:
-                stopping = self.evaluate()
-        return stopping
+        with contextlib.closing(self.batches), self.saving_first(), progress as self.progress:
+            evaluated = any(entry["iteration"] == self.iteration for entry in self.evaluations)
+            if self.ends_epoch(every) and not distributed.gather(evaluated)[0]:
+                stopping = self.evaluate()  # it was interrupted in this one
+            while self.iteration < self.stop and not stopping:
+                stopping = self.step()
+                due = self.ends_epoch() or self.iteration == self.stop or self.iteration % self.args.save_every == 0
+                if due or stopping:
+                    self.save()
+                if self.ends_epoch(every) and not stopping:
+                    stopping = self.evaluate()
+        if stopping:
+            distributed.say(f"stopped after iteration {self.iteration}; --resume goes on from there")
 
     def epoch(self, iteration):
         """Whole passes over the training images after so many iterations."""
@@ -400,7 +394,7 @@ class Trainer:
             content = {"model": self.model.state_dict(), "config": asdict(self.model.config)}
             content |= {"classes": self.train_set.classes, "category_ids": self.train_set.category_ids}
             content |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            content |= {"schedule": self.schedule._asdict(), "settings": self.settings, "window": self.window}
+            content |= {"schedule": self.schedule._asdict(), "settings": self.settings, "window": dict(self.window)}
             checkpoint.save_checkpoint(self.output.folder / name, content | self.now(), keep)
         if name == "checkpoint.pt":
             self.saved = self.iteration
@@ -412,7 +406,7 @@ class Trainer:
     def count(self, terms, lr):
         """Add the terms of an iteration to the window; at its end, a line of the log: means over its iterations."""
         self.seen += self.schedule.step_size
-        self.window = {name: self.window.get(name, 0) + terms.get(name, 0) for name in self.window | terms}
+        self.window.update(terms)
         steps = (self.iteration - 1) % LOG_EVERY + 1
         means = {name: value / steps for name, value in self.window.items()}
         span = time.perf_counter() - self.since
@@ -427,7 +421,7 @@ class Trainer:
             if self.rank == 0:
                 self.output.log.write(json.dumps(self.now() | rates | means) + "\n")
             self.begin_window()
-            self.window = {}
+            self.window.clear()
 
 
 def main():
