@@ -21,7 +21,7 @@ from tqdm import tqdm
 from backbone import Swin
 from config import PRESETS, Config, InputError
 from data import CocoInstances
-from distributed import process_count, process_rank, warn
+from distributed import process_count, process_rank
 from files import explaining
 from formats.bdd100k import bdd100k_paths, read_bdd100k
 from formats.coco import coco_paths, read_annotations
@@ -123,19 +123,6 @@ def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annot
         annotation_file, image_dir = paths(args.data_root or f"runs/{kind}", split)
     keep_empty = getattr(args, "keep_empty", False)
     return CocoInstances(annotation_file, image_dir, split == "train", test_size, augmentation, keep_empty, read)
-
-
-def warn_of_crowded_images(dataset, config):
-    """Warn of images with more instances than the model has queries to find them or, in training, for denoising."""
-    counts = [len(dataset.instances[image_id]) for image_id in dataset.image_ids]
-    hold = lambda limit: f"{sum(n > limit for n in counts)} of {len(counts)} images hold more instances than"  # noqa: E731
-    most, queries, denoising = max(counts, default=0), config.selections[-1], config.denoising_queries
-    if most > queries:
-        advice = f"it can find {queries} in an image; the last number of --selections sets how many"
-        warn(f"{hold(queries)} the model has queries, up to {most}: {advice}")
-    if most > denoising > 0:
-        advice = "trains without denoising, and learns more slowly; raise --denoising-queries"
-        warn(f"{hold(denoising)} the {denoising} denoising queries: a batch with one of them {advice}")
 
 
 def add_model_arguments(parser):

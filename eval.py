@@ -7,7 +7,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -79,8 +78,8 @@ def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_d
         entry = dataset.coco.imgs[image_id]
         same_size.setdefault((entry["height"], entry["width"]), []).append(index)
     batches = [some[i : i + batch_size] for some in same_size.values() for i in range(0, len(some), batch_size)]
-    rank, world = distributed.process_rank(), distributed.process_count()
-    share = batches[rank::world]
+    rank = distributed.process_rank()
+    share = batches[rank :: distributed.process_count()]
     layers = range(model.config.decoder_layers + 1) if per_layer else [None]
     found = [{} for _ in layers]  # of each layer {image id: its results}
 
@@ -99,11 +98,9 @@ def find_results(model, dataset, workers=0, per_layer=False, batch_size=4, max_d
     distributed.together(work)
     if any(distributed.gather(stopping())):
         return None
-    if world > 1:
-        for layer, some in enumerate(found):  # one at a time, as each is copied several times on its way
-            everywhere = None if rank else [None] * world
-            dist.gather_object(some, everywhere)
-            found[layer] = {key: value for part in everywhere or () for key, value in part.items()}
+    for layer, some in enumerate(found):  # one at a time, as every process holds all of it for a moment
+        parts = distributed.gather(some)
+        found[layer] = {} if rank else {image_id: of_image for part in parts for image_id, of_image in part.items()}
     return [[r for image_id in dataset.image_ids for r in some.get(image_id, ())] for some in found]
 
 

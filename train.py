@@ -226,7 +226,15 @@ class Trainer:
         )
         if 2 * (warmup := schedule.warmup) >= stop:
             distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
-        cli.warn_of_crowded_images(self.train_set, self.model.config)
+        counts = [len(self.train_set.instances[image_id]) for image_id in self.train_set.image_ids]
+        hold = lambda limit: f"{sum(n > limit for n in counts)} of {images} images hold more instances than"  # noqa: E731
+        queries, denoising = self.model.config.selections[-1], self.model.config.denoising_queries
+        if max(counts) > queries:
+            advice = f"it can find {queries} in an image; the last number of --selections sets how many"
+            distributed.warn(f"{hold(queries)} the model has queries, up to {max(counts)}: {advice}")
+        if max(counts) > denoising > 0:
+            advice = "trains without denoising, and learns more slowly; raise --denoising-queries"
+            distributed.warn(f"{hold(denoising)} the {denoising} denoising queries: a batch with one of them {advice}")
 
     # The loop
 
