@@ -81,10 +81,9 @@ def some_of(names, most=10, between=", "):
 
 
 def save_checkpoint(path, checkpoint, keep=None):
-    """Write a checkpoint so that `path` always holds a whole one: to a temporary file first, then renamed.
+    """Write a checkpoint so that `path` always holds a whole one. Raises InputError where that fails.
 
-    keep: a name in the same folder for the file that was at `path`. Raises InputError if the file cannot be
-    written; what was at `path` is still there then.
+    keep: a name in the same folder for the file that was at `path`.
     """
     path = Path(path)
 
@@ -208,8 +207,7 @@ def check_config(path, checkpoint, config, settings):
 def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
     """Go on with a training: put model, optimizer and scaler into the state in which the checkpoint was written.
 
-    settings, schedule: those of now; the schedule may be another than the checkpoint's. Returns lines to print. Raises
-    InputError.
+    settings, schedule: those of now, of which the schedule may be another. Returns lines to print. Raises InputError.
     """
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no state of a training; start from its weights with --init")

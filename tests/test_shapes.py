@@ -1,10 +1,13 @@
 """The generated data sets: the same files every time, whole ones only, and annotations that fit what is drawn."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import CocoInstances
 from formats.coco import coco_paths
@@ -53,6 +56,19 @@ def test_interrupted_generation_is_not_taken_as_complete(shapes, tmp_path, monke
         coco_paths(tmp_path, "train")
     make_shapes(tmp_path, train=60, val=20, size=96, seed=4)
     assert contents(tmp_path) == contents(shapes)
+
+
+def test_a_full_disk_is_named_and_leaves_no_torn_file(tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def full(image, path, **options):
+        save(image, path, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left on device: .*train2017/000000000001.png"):
+        make_shapes(tmp_path, train=2, val=1)
+    assert not contents(tmp_path)
 
 
 def test_shapes_annotations(shapes):
