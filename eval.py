@@ -144,6 +144,7 @@ def new_file(path, beginning):
 
     beginning: of the files of its kind. Raises InputError where it cannot be written or would replace another file.
     """
+    path = Path(path)
     if path.suffix != ".json":
         raise InputError(f"{path}: is to be a JSON file; give a name that ends in .json")
     with explaining(OSError, f"{path}: cannot be written", "choose another name"):
@@ -180,9 +181,9 @@ def parse_arguments():
     best = "detections of an image that count, the best ones (default: 100, as published)"
     add("--max-detections", type=cli.positive, default=100, metavar="N", help=best)
     numbers = "also write the numbers to this file and, with --per-layer and --per-class, bar charts beside it"
-    add("--output", metavar="FILE.json", type=Path, help=numbers)
+    add("--output", metavar="FILE.json", help=numbers)
     results = "also write the detections, as COCO results: boxes and masks here, masks alone to FILE.segm.json"
-    add("--results", metavar="FILE.json", type=Path, help=results)
+    add("--results", metavar="FILE.json", help=results)
     add("--batch-size", type=cli.positive, default=4, help="images at a time, of one size (default: 4)")
     add("--split", choices=["val", "test"], default="val", help="with --data coco and --data-root (default: val)")
     cli.add_model_arguments(parser)
@@ -226,7 +227,7 @@ def prepare(args, device):
     and the model's labels of its classes.
     """
     output = args.output and new_file(args.output, b'{\n "box"')
-    names = [args.results, args.results.with_suffix(".segm.json")] if args.results else []
+    names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
     results = [new_file(name, b"[\n") for name in names]
     if output and output.resolve() in [path.resolve() for path in results]:
         raise InputError(f"--output and --results: both write {output}; give two names")
