@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from matcher import HungarianMatcher, pairwise_giou, sample_masks, sample_points, stack_layers
+from matcher import HungarianMatcher, join, pairwise_giou, queries_of, sample_masks, sample_points
 from precision import full_precision
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
@@ -37,27 +37,37 @@ def mask_losses(maps, index, points, wanted, num_points):
     """Binary cross-entropy (mean over the points) and dice loss of R predicted masks at num_points points each: 75 %
     those of the smallest |logit| among three times as many random ones (PointRend), the rest uniform.
 
-    maps (R, h, w) logits; index (R,) int64, the instance of each; points, wanted: of `draw_points`. Returns two (R,).
+    maps (R, 1, h, w) logits; index (R,), the instance of each; points, wanted: of `draw_points`. Returns two (R,).
     """
     k, first = int(0.75 * num_points), points[:, : 3 * num_points]
     parts = zip(maps.detach().split(128), index.split(128), strict=True)  # a few at a time: each has 0.3 MB of points
-    uncertain = torch.cat([smallest(sample_points(some, first[i]).abs_(), k) for some, i in parts])
+    uncertain = torch.cat([smallest(sample_points(some, first[i]).squeeze(1).abs_(), k) for some, i in parts])
     uniform = torch.arange(3 * num_points, points.shape[1], device=index.device).expand(len(maps), -1)
     chosen = index[:, None], torch.cat([uncertain, uniform], 1)
-    predicted, wanted = sample_points(maps, points[chosen]), wanted[chosen]
+    predicted, wanted = sample_points(maps, points[chosen]).squeeze(1), wanted[chosen]
     bce = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(1)
     p = predicted.sigmoid()
     return bce, 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
 
 
-def denoising_pairs(counts, groups, num_layers):
-    """Pairs as of the matcher, (3, num_layers, groups * sum(counts)), for images with so many instances each: denoising
-    query g * max(counts) + i is the i-th instance of its image in group g.
+def denoising_pairs(counts, groups):
+    """Pairs as of the matcher, for images with so many instances each: denoising query g * max(counts) + i is the i-th
+    instance of its image in group g.
     """
-    first = [sum(counts[:image]) for image in range(len(counts))]
-    places = [(image, g, i) for image, n in enumerate(counts) for g in range(groups) for i in range(n)]
-    pairs = torch.tensor([(image, g * max(counts) + i, first[image] + i) for image, g, i in places])
-    return pairs.T[:, None].expand(-1, num_layers, -1)
+    grids = [np.indices((groups, n)).reshape(2, -1) for n in counts]
+    return [(group * max(counts) + i, i) for group, i in grids]
+
+
+def join_pairs(pairs, sets, counts):
+    """One table int64 (4, R) of the pairs of some sets, image by image: a pair's set, its image, its query among those
+    of the sets side by side, and its instance among those of all images, which have so many each.
+    """
+    sizes, found = queries_of(sets), []
+    for image, number in np.ndindex(len(counts), len(sets)):
+        query, instance = pairs[list(sets)[number]][image]
+        numbers, images = 0 * query + number, 0 * query + image
+        found.append((numbers, images, query + sum(sizes[:number]), instance + sum(counts[:image])))
+    return torch.from_numpy(np.concatenate(found, 1))
 
 
 class SetCriterion(nn.Module):
@@ -90,43 +100,51 @@ class SetCriterion(nn.Module):
         num_instances = num_instances or max(1.0, sum(counts))
         sets = {f"_di_{i}": layer for i, layer in enumerate(outputs["di_outputs"])}
         sets |= {"_interm": outputs["interm_outputs"], "": outputs}
-        stacks = stack_layers(sets | {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])})
-        pairs, divisors = self.matcher(stacks, targets), [num_instances] * len(stacks)
+        sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+        pairs, divisors = self.matcher(sets, targets), dict.fromkeys(sets, num_instances)
         if denoised := outputs.get("dn_outputs"):
-            sets = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
-            more, groups = stack_layers(sets), denoised["num_groups"]
-            pairs += [denoising_pairs(counts, groups, len(stack.suffixes)) for stack in more]
-            stacks, divisors = stacks + more, divisors + [num_instances * groups] * len(more)
+            more = {"_dn": denoised} | {f"_dn_{i}": layer for i, layer in enumerate(denoised["aux_outputs"])}
+            groups = denoised["num_groups"]
+            pairs |= dict.fromkeys(more, denoising_pairs(counts, groups))
+            divisors |= dict.fromkeys(more, num_instances * groups)
+            sets |= more
         labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
-        points = draw_points(targets, self.num_points, stacks[0].boxes)
+        boxes = boxes.to(full_precision(outputs["pred_boxes"]))
+        instances = labels, boxes, *draw_points(targets, self.num_points, boxes)
+        stacks = {}  # sets with the same pixel features, whose losses are computed together
+        for suffix, predictions in sets.items():
+            stacks.setdefault(id(predictions.get("pixel_features")), {})[suffix] = predictions
+        tables = [join_pairs(pairs, stack, counts) for stack in stacks.values()]
         # The host has just waited for the costs: this copy waits no more.
-        table, terms = torch.cat([pair.flatten() for pair in pairs]).to(labels.device, non_blocking=True), {}
-        parts = table.split([pair.numel() for pair in pairs])
-        for stack, pair, part, divisor in zip(stacks, pairs, parts, divisors, strict=True):
-            counts = pair[0, 0].bincount(minlength=len(targets)).tolist()
-            sums = self.stack_losses(stack, part.view(pair.shape), counts, labels, boxes.to(stack.boxes), points)
-            for name, layers in zip(TERMS, sums, strict=False):
-                terms.update(zip((name + suffix for suffix in stack.suffixes), layers / divisor, strict=True))
+        parts = torch.cat(tables, 1).to(labels.device, non_blocking=True).split([table.shape[1] for table in tables], 1)
+        terms = {}
+        for stack, table, part in zip(stacks.values(), tables, parts, strict=True):
+            images = table[1].bincount(minlength=len(targets)).tolist()
+            for kind, sums in self.stack_losses(stack, part, images, *instances).items():
+                terms |= {kind + s: value / divisors[s] for s, value in zip(stack, sums.unbind(), strict=True)}
         return terms
 
-    def stack_losses(self, stack, pairs, counts, labels, boxes, points):
-        """Returns the sums over pairs or queries of each kind of term, five or, without masks, three (L,)."""
-        image, query, target = pairs  # (L, P) each
-        layer = torch.arange(len(image), device=image.device)[:, None]
-        one_hot = torch.zeros_like(stack.logits)
-        one_hot[layer, image, query, labels[target]] = 1
-        predicted, wanted = stack.boxes[layer, image, query], boxes[target]  # (L, P, 4)
-        sums = [
-            sigmoid_focal_loss(stack.logits, one_hot, alpha=0.25, gamma=2).sum((1, 2, 3)),
-            (predicted - wanted).abs().sum((1, 2)),
-            (1 - pairwise_giou(predicted[:, :, None], wanted[:, :, None])).sum((1, 2, 3)),
-        ]
-        if stack.embeddings is not None:
-            embeddings = stack.embeddings[layer, image, query].to(stack.pixel_features.dtype)  # (L, P, C)
-            parts, masks = (embeddings.split(counts, 1), target.split(counts, 1), stack.pixel_features), []
-            for some, index, pixel_features in zip(*parts, strict=True):
-                maps = full_precision(torch.einsum("lpc,chw->lphw", some, pixel_features)).flatten(0, 1)  # Eq. 11
-                losses = torch.stack(mask_losses(maps, index.flatten(), *points, self.num_points))
-                masks.append(losses.unflatten(1, index.shape).sum(2))
-            sums += sum(masks)
-        return sums
+    def stack_losses(self, stack, pairs, counts, labels, target_boxes, points, masks):
+        """Returns {kind of term: sums (L,) over the queries or pairs of L sets}; those without masks have three kinds.
+
+        stack: {suffix: predictions}. pairs: of `join_pairs`, as many of each image as counts says. labels,
+        target_boxes, points, masks: of the instances of all images.
+        """
+        layer, image, query, instance = pairs  # (R,) each
+        logits, boxes = full_precision([join(stack, "pred_logits"), join(stack, "pred_boxes")])
+        one_hot = torch.zeros_like(logits)  # (B, T, classes)
+        one_hot[image, query, labels[instance]] = 1
+        focal = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2).sum((0, 2)).split(queries_of(stack))
+        predicted, wanted = boxes[image, query], target_boxes[instance]  # (R, 4)
+        values = [(predicted - wanted).abs().sum(1), 1 - pairwise_giou(predicted[:, None], wanted[:, None]).flatten()]
+        pixel_features = next(iter(stack.values())).get("pixel_features")
+        if pixel_features is not None:
+            embeddings = join(stack, "mask_embeddings")[image, query].to(pixel_features.dtype)  # (R, C)
+            parts, losses = (embeddings.split(counts), pixel_features, instance.split(counts)), []
+            for some, pixels, index in zip(*parts, strict=True):
+                maps = full_precision(some @ pixels.flatten(1)).unflatten(1, (1, *pixels.shape[1:]))  # Eq. 11
+                losses.append(torch.stack(mask_losses(maps, index, points, masks, self.num_points)))
+            values += torch.cat(losses, 1)
+        values = torch.stack(values)  # (2 or 4, R)
+        sums = values.new_zeros(len(values), len(stack)).index_add(1, layer, values)
+        return dict(zip(TERMS, [torch.stack([some.sum() for some in focal]), *sums], strict=False))

@@ -24,7 +24,7 @@ from decoder import masks
 from detections import postprocess
 from di import candidate_boxes
 from losses import SetCriterion
-from matcher import HungarianMatcher, stack_layers
+from matcher import HungarianMatcher
 from model import build_model
 
 REDUCED = Path(__file__).resolve().parent / "golden"
@@ -119,9 +119,7 @@ def system(request):
     criterion.matcher.cost_mask = criterion.matcher.cost_dice = 0
     sets = {"": outputs, "_interm": outputs["interm_outputs"]}
     sets |= {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
-    pairs = {
-        suffix: (layer, criterion.matcher(stack_layers({"": layer}), targets)[0]) for suffix, layer in sets.items()
-    }
+    pairs = {suffix: (layer, criterion.matcher({"": layer}, targets)[""]) for suffix, layer in sets.items()}
     terms = criterion(outputs, targets)
     total = criterion.total({n: term for n, term in terms.items() if "mask" not in n and "dice" not in n})
     total.backward()
@@ -242,7 +240,7 @@ def mask_loss_draws(system):
     # Without noise all denoising groups are the same: one is enough, and the golden value is the mean over all of them.
     groups = outputs["dn_outputs"]["num_groups"]
     n_max = outputs["dn_outputs"]["pred_logits"].shape[1] // groups
-    one_group = losses.denoising_pairs([len(t["labels"]) for t in targets], 1, 1)
+    one_group = losses.denoising_pairs([len(t["labels"]) for t in targets], 1)
     denoised = [outputs["dn_outputs"], *outputs["dn_outputs"]["aux_outputs"]]
     for suffix, layer in zip(["_dn", *(f"_dn_{i}" for i in range(len(denoised) - 1))], denoised, strict=True):
         by_group = masks(layer).detach().unflatten(1, (groups, n_max))
@@ -254,15 +252,13 @@ def mask_loss_draws(system):
         # The points are those of float64; what is found there is computed in float32, quicker and far below the spread.
         patch.setattr(torch, "rand", lambda *size, dtype, device: rand(*size, dtype=torch.float64).to(device, dtype))
         num_points = system.model.config.loss_points
-        for suffix, (layer, ((image, query, index),)) in (
-            (s, (x, pairs.transpose(0, 1))) for s, (x, pairs) in sets.items()
-        ):
-            maps = masks(layer)[image, query].float()
-            wanted = torch.cat([t["masks"] for t in targets])[index]
+        for suffix, (layer, pairs) in sets.items():
+            maps = torch.cat([m[query] for m, (query, _) in zip(masks(layer), pairs, strict=True)]).float()
+            wanted = torch.cat([t["masks"][index] for t, (_, index) in zip(targets, pairs, strict=True)])
             found = []
             for _ in range(DRAWS):
                 points = losses.draw_points([{"masks": wanted}], num_points, maps)
-                terms = losses.mask_losses(maps, torch.arange(len(maps)), *points, num_points)
+                terms = losses.mask_losses(maps[:, None], torch.arange(len(maps)), *points, num_points)
                 found.append([term.sum() for term in terms])
             for name, values in zip(("loss_mask", "loss_dice"), zip(*found, strict=True), strict=True):
                 draws[name + suffix] = np.array(values) / count, groups if "dn" in suffix else 1
@@ -360,14 +356,8 @@ def test_padded_matching(padded, load, monkeypatch):
     monkeypatch.setattr(torch, "rand", shared)
     targets = recipe_targets(480, 512, golden["match_targets"].tolist(), 5)
     matcher = HungarianMatcher(PRESETS["dimaskdino_r50"])
-    stacks = stack_layers({"": padded.outputs})
-    [[costs]] = matcher.costs(stacks, targets)
-    [pairs] = matcher(stacks, targets)
-    first = 0
-    for b, target in enumerate(targets):
-        expected = sorted(zip(golden[f"match{b}_query"], first + golden[f"match{b}_target"], strict=True))
-        image, query, index = pairs[:, 0]
-        found = list(zip(query[image == b].tolist(), index[image == b].tolist(), strict=True))
-        assert found == expected
-        assert_close(costs[b, :, : len(target["labels"])], golden[f"match{b}_cost"], f"match{b}_cost")
-        first += len(target["labels"])
+    costs, pairs = matcher.costs({"": padded.outputs}, targets), matcher({"": padded.outputs}, targets)[""]
+    for b, (query, index) in enumerate(pairs):
+        expected = sorted(zip(golden[f"match{b}_query"], golden[f"match{b}_target"], strict=True))
+        assert list(zip(query, index, strict=True)) == expected
+        assert_close(costs[b, :, : len(targets[b]["labels"])], golden[f"match{b}_cost"], f"match{b}_cost")

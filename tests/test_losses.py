@@ -107,7 +107,7 @@ def bilinear(image, x, y):
 def losses_of(maps, masks, index, num_points):
     """(2, R): `mask_losses` of logits maps (R, h, w) at points drawn for the instances of masks (N, H, W)."""
     points = draw_points([{"masks": masks[:2]}, {"masks": masks[2:]}], num_points, maps)
-    return torch.stack(mask_losses(maps, torch.tensor(index), *points, num_points))
+    return torch.stack(mask_losses(maps[:, None], torch.tensor(index), *points, num_points))
 
 
 def test_mask_losses_equal_a_loop():
@@ -165,10 +165,9 @@ def test_mask_terms_are_those_of_the_matched_pairs():
 
 
 def test_denoising_pairs_follow_the_groups():
-    image, query, instance = denoising_pairs([3, 1], 2, 1)[:, 0].tolist()
-    assert image == [0] * 6 + [1] * 2
-    assert query == [0, 1, 2, 3, 4, 5, 0, 3]  # query g * 3 + i is the i-th instance in group g
-    assert instance == [0, 1, 2, 0, 1, 2, 3, 3]
+    pairs = [(query.tolist(), target.tolist()) for query, target in denoising_pairs([3, 1], 2)]
+    # Query g * 3 + i is the i-th instance in group g.
+    assert pairs == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]), ([0, 3], [0, 0])]
 
 
 @pytest.fixture
@@ -194,7 +193,7 @@ def test_uncertain_points(points_of):
     points = points_of(logits, 1000)
     assert points.shape == (2, 1000, 2) and points.dtype == torch.float64
     assert ((points >= 0) & (points <= 1)).all()
-    values = sample_points(logits, 2 * points - 1).abs()
+    values = sample_points(logits[:, None], 2 * points - 1).squeeze(1).abs()
     # 750 of 3000 uniform points: those in the middle quarter of x, |logit| < 1.25 (5 % for chance).
     assert values[:, :750].max() < 1.25 * 1.1
     assert (values[:, :750] < 1.25 * 0.9).float().mean() > 0.8
@@ -210,7 +209,7 @@ def test_the_most_uncertain_points_are_picked(points_of):
     points = points_of(logits, 40)
     torch.manual_seed(1)
     candidates, uniform = (torch.rand(n, 2, dtype=torch.float64) for n in (120, 10))
-    values = sample_points(logits, (2 * candidates - 1).expand(3, -1, -1)).abs()
+    values = sample_points(logits[:, None], (2 * candidates - 1)[None]).squeeze(1).abs()
     for n in range(3):
         wanted = candidates[values[n].argsort()[:30]]
         torch.testing.assert_close(points[n, :30].sort(0).values, wanted.sort(0).values)
