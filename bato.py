@@ -1,7 +1,6 @@
 """Balance-Aware Tokens Optimization (Sec. 3.2.3): guiding tokens refine the feature tokens and pixel features."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from attention import FeedForward, sine_position, xavier_matrices_
@@ -44,6 +43,5 @@ class BATO(nn.Module):
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
         t_bal = recompute(self.ffn, self.norm(t_i + attended))  # Eq. 8; as in the encoder, to store less
 
-        finest = tokens_to_map(t_bal, level_shapes, -1)  # C3's part
-        finest = F.interpolate(finest, size=pixel_features.shape[-2:], mode="bilinear", align_corners=False)
+        finest = tokens_to_map(t_bal, level_shapes, -1, pixel_features.shape[-2:])  # C3's part
         return Features(t_bal, level_shapes, self.pixel_output(pixel_features + finest)), guiding

@@ -41,12 +41,8 @@ class PredictionHeads(nn.Module):
         pixel_features, which `masks` multiplies where somebody reads them.
         """
         x = self.norm(x)
-        return {
-            "pred_logits": self.class_head(x),
-            "pred_boxes": boxes,
-            "mask_embeddings": self.mask_head(x),
-            "pixel_features": pixel_features,
-        }
+        factors = {"mask_embeddings": self.mask_head(x), "pixel_features": pixel_features}
+        return {"pred_logits": self.class_head(x), "pred_boxes": boxes, **factors}
 
     def predict_layer(self, x, boxes, pixel_features):
         """Returns the predictions of a decoder layer: x its output, boxes those that the layer before it gave, with

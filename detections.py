@@ -34,14 +34,13 @@ def detect(model, images, output_sizes=None, layers=(None,), topk=100, score_thr
     resized = [eval_transform(*model.config.test_size)(image).to(device) for image in images]
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         outputs = model(resized)
-    predictions = [*outputs["aux_outputs"], outputs]
+    predictions, sizes = [*outputs["aux_outputs"], outputs], [image.shape[1:] for image in resized]
     found = []
-    for layer in layers:
-        layer = predictions[-1 if layer is None else layer]
+    for number in layers:
+        layer = predictions[-1 if number is None else number]
         if labels is not None:
             layer = layer | {"pred_logits": layer["pred_logits"][..., labels]}
-        sizes = [image.shape[1:] for image in resized], output_sizes
-        detections = postprocess(layer, *sizes, topk, score_threshold, encode)
+        detections = postprocess(layer, sizes, output_sizes, topk, score_threshold, encode)
         found.append([{k: v.cpu() if torch.is_tensor(v) else v for k, v in one.items()} for one in detections])
     return found
 

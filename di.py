@@ -147,10 +147,8 @@ class TokenInteraction(nn.Module):
     def predict(self, queries, heads):
         """Returns one layer's pred_logits and pred_boxes, for its loss; the box head is applied once more."""
         x = self.norm(queries.content)
-        return {
-            "pred_logits": heads.class_head(heads.norm(x)),
-            "pred_boxes": refine(queries.boxes, x, self.box_head),
-        }
+        boxes = refine(queries.boxes, x, self.box_head)
+        return {"pred_logits": heads.class_head(heads.norm(x)), "pred_boxes": boxes}
 
 
 class DeImbalance(nn.Module):
@@ -179,9 +177,8 @@ class DeImbalance(nn.Module):
             selections.append(indices)
         stages["t_s2"] = queries
         if self.position_tokens:  # Table 3: learned boxes, random at first, in the place of the selected tokens'
-            content = queries.content
-            boxes = self.position_tokens.weight[: content.shape[1]].sigmoid().expand(content.shape[0], -1, -1)
-            queries = Queries(content, boxes)
+            boxes = self.position_tokens.weight[: queries.boxes.shape[1]].sigmoid().expand_as(queries.boxes)
+            queries = queries._replace(boxes=boxes)
         return queries, stages, {"interm_outputs": predictions, "di_outputs": di_outputs, "selections": selections}
 
     def first_selection(self, features, heads):

@@ -18,10 +18,11 @@ class Features(NamedTuple):
     pixel_features: torch.Tensor  # F or F' (B, C, H/4, W/4), for masks
 
 
-def tokens_to_map(tokens, level_shapes, level):
-    """The tokens (B, S, C) of one level as a map (B, C, H, W), channels last, as `F.interpolate` wants it."""
-    tokens = tokens.split([h * w for h, w in level_shapes], dim=1)[level]
-    return tokens.unflatten(1, level_shapes[level]).contiguous().permute(0, 3, 1, 2)
+def tokens_to_map(tokens, level_shapes, level, size):
+    """The tokens (B, S, C) of one level as a map (B, C, *size), bilinearly resized."""
+    tokens = tokens.split([h * w for h, w in level_shapes], dim=1)[level].unflatten(1, level_shapes[level])
+    tokens = tokens.contiguous().permute(0, 3, 1, 2)  # channels last, as `F.interpolate` wants it
+    return F.interpolate(tokens, size=size, mode="bilinear", align_corners=False)
 
 
 def cell_centres(level_shapes, like):
@@ -103,8 +104,7 @@ class Encoder(nn.Module):
             args = tokens, position, centres, shapes
             tokens = recompute(layer, *args) if self.grad_checkpoint else layer(*args)
 
-        finest = tokens_to_map(tokens, shapes, 0)
-        finest = F.interpolate(finest, size=c2.shape[-2:], mode="bilinear", align_corners=False)
+        finest = tokens_to_map(tokens, shapes, 0, c2.shape[-2:])
         pixel_features = self.pixel_proj(self.output(self.lateral(c2) + finest))
 
         t_i = torch.cat(tokens.split([h * w for h, w in shapes], dim=1)[::-1], 1)  # coarse to fine from here on

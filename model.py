@@ -107,27 +107,29 @@ def of_queries(predictions, queries):
 def check_images(images):
     """Raise ValueError, with what is expected, for what `DIMaskDINO.forward` does not take as images.
 
-    The values are looked at on the CPU only: on a GPU that would make the program wait for it. In a model that is being
-    traced nothing is looked at, as sizes may be symbols.
+    In a model that is being traced nothing is looked at, as sizes may be symbols.
     """
-    expected = "give a list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W)"
-    batch = isinstance(images, torch.Tensor)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if batch and images.dim() != 4 or not batch and not isinstance(images, list | tuple):
-        found = f"a tensor of shape {tuple(images.shape)}" if batch else f"a {type(images).__name__}"
-        raise ValueError(f"images: {found}; {expected}")
-    if len(images) == 0:
-        raise ValueError(f"images: none; {expected}")
-    for i, image in enumerate([images] if batch else images):
-        name = "images" if batch else f"images[{i}]"
-        if not isinstance(image, torch.Tensor):
-            raise ValueError(f"{name}: a {type(image).__name__}; {expected}")
-        if image.dim() != 3 + batch or image.shape[-3] != 3 or image.numel() == 0:
-            raise ValueError(f"{name}: a tensor of shape {tuple(image.shape)}; {expected}")
-        if not image.is_floating_point():
-            raise ValueError(f"{name}: a tensor of {image.dtype}; {expected} (bytes: divide by 255)")
-        if image.device.type == "cpu":
-            low, high = (x.item() for x in image.aminmax())
-            if low < -0.5 or high > 1.5:  # resizing may overshoot a little
-                raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}; {expected} (bytes: divide by 255)")
+    if isinstance(images, list | tuple):
+        faults = {f"images[{i}]": fault(image, 3) for i, image in enumerate(images)} or {"images": "none"}
+    else:
+        faults = {"images": fault(images, 4)}
+    expected = "give a list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W) (bytes: divide by 255)"
+    for name, found in faults.items():
+        if found:
+            raise ValueError(f"{name}: {found}; {expected}")
+
+
+def fault(image, dims):
+    """Returns what is wrong with an image, of 3 dimensions, or a batch, of 4; or None. Values are looked at on the CPU
+    only: on a GPU that would make the program wait for it.
+    """
+    if not torch.is_tensor(image):
+        return f"a {type(image).__name__}"
+    if image.dim() != dims or image.shape[-3] != 3 or image.numel() == 0:
+        return f"a tensor of shape {tuple(image.shape)}"
+    if not image.is_floating_point():
+        return f"a tensor of {image.dtype}"
+    if image.device.type == "cpu" and (image.min() < -0.5 or image.max() > 1.5):  # resizing may overshoot a little
+        return f"values from {image.min():.3g} to {image.max():.3g}"

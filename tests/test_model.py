@@ -174,7 +174,7 @@ def test_initial_boxes_are_the_reference_boxes():
 @pytest.mark.parametrize("images, found", [
     (torch.rand(3, 64, 64), r"images: a tensor of shape \(3, 64, 64\)"),
     (torch.rand(2, 4, 64, 64), r"images: a tensor of shape \(2, 4, 64, 64\)"),
-    (torch.rand(0, 3, 64, 64), "images: none"),
+    (torch.rand(0, 3, 64, 64), r"images: a tensor of shape \(0, 3, 64, 64\)"),
     ([], "images: none"),
     ("photo.jpg", "images: a str"),
     ([torch.rand(3, 9, 9), torch.rand(1, 3, 9, 9)], r"images\[1\]: a tensor of shape \(1, 3, 9, 9\)"),
