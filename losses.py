@@ -40,8 +40,7 @@ def mask_losses(maps, index, points, wanted, num_points):
     maps (R, 1, h, w) logits; index (R,), the instance of each; points, wanted: of `draw_points`. Returns two (R,).
     """
     k, first = int(0.75 * num_points), points[:, : 3 * num_points]
-    parts = zip(maps.detach().split(128), index.split(128), strict=True)  # a few at a time: each has 0.3 MB of points
-    uncertain = torch.cat([smallest(sample_points(some, first[i]).squeeze(1).abs_(), k) for some, i in parts])
+    uncertain = smallest(sample_points(maps.detach(), first[index]).squeeze(1).abs_(), k)
     uniform = torch.arange(3 * num_points, points.shape[1], device=index.device).expand(len(maps), -1)
     chosen = index[:, None], torch.cat([uncertain, uniform], 1)
     predicted, wanted = sample_points(maps, points[chosen]).squeeze(1), wanted[chosen]
@@ -51,9 +50,7 @@ def mask_losses(maps, index, points, wanted, num_points):
 
 
 def denoising_pairs(counts, groups):
-    """Pairs as of the matcher, for images with so many instances each: denoising query g * max(counts) + i is the i-th
-    instance of its image in group g.
-    """
+    """Pairs as of the matcher: denoising query g * max(counts) + i is the i-th of an image's instances in group g."""
     grids = [np.indices((groups, n)).reshape(2, -1) for n in counts]
     return [(group * max(counts) + i, i) for group, i in grids]
 
@@ -141,9 +138,11 @@ class SetCriterion(nn.Module):
         if pixel_features is not None:
             embeddings = join(stack, "mask_embeddings")[image, query].to(pixel_features.dtype)  # (R, C)
             parts, losses = (embeddings.split(counts), pixel_features, instance.split(counts)), []
-            for some, pixels, index in zip(*parts, strict=True):
-                maps = full_precision(some @ pixels.flatten(1)).unflatten(1, (1, *pixels.shape[1:]))  # Eq. 11
-                losses.append(torch.stack(mask_losses(maps, index, points, masks, self.num_points)))
+            for of_image, pixels, indices in zip(*parts, strict=True):
+                # A few at a time: each has 0.3 MB of points to choose from.
+                for some, index in zip(of_image.split(192), indices.split(192), strict=True):
+                    maps = full_precision(some @ pixels.flatten(1)).unflatten(1, (1, *pixels.shape[1:]))  # Eq. 11
+                    losses.append(torch.stack(mask_losses(maps, index, points, masks, self.num_points)))
             values += torch.cat(losses, 1)
         values = torch.stack(values)  # (2 or 4, R)
         sums = values.new_zeros(len(values), len(stack)).index_add(1, layer, values)
