@@ -1,6 +1,6 @@
 """The picture of README.md: ground truth above detections, and box AP - mask AP of every decoder layer beside them.
 
-python -m experiments.readme_picture CHECKPOINT --data-root DIR --output docs/picture.png
+python -m experiments.readme_picture CHECKPOINT --data-root DIR --output docs/picture.jpg
 """
 
 import argparse
@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from checkpoint import load_model
 from cli import count, run_program
@@ -78,13 +77,11 @@ def main():
     add("--data-root", required=True, metavar="DIR", help="its data set in COCO's layout, for the validation images")
     add("--items", type=count, nargs="+", default=[0, 1, 2, 3], metavar="N", help="which of them (default: 0 1 2 3)")
     add("--score-threshold", type=float, default=0.3, metavar="S", help="of the detections (default: 0.3)")
-    add("--output", required=True, metavar="FILE.png", help="where to write the picture")
+    add("--output", required=True, metavar="FILE", help="where to write the picture")
     args = parser.parse_args()
     rows = draw_rows(list(columns(args.checkpoint, args.data_root, args.items, args.score_threshold)))
     figure = draw(rows, json.loads(RESULTS.read_text())["runs"])
     figure.savefig(args.output, dpi=130)
-    with Image.open(args.output) as picture:  # a palette of 256 colours: a third of the bytes
-        picture.convert("RGB").quantize(256).save(args.output, optimize=True)
     print(f"{args.output}: {Path(args.output).stat().st_size / 1000:.0f} kB")
 
 

@@ -115,7 +115,7 @@ def test_pages_are_short_and_narrow():
     assert len(TEXT[ROOT / "README.md"].splitlines()) <= 170
     for page in PAGES:
         assert not [line for line in TEXT[page].splitlines() if len(line) > 120], page.name
-    assert (ROOT / "docs/picture.png").stat().st_size <= 300_000
+    assert (ROOT / "docs/picture.jpg").stat().st_size <= 300_000
     linked = set(re.findall(r"\]\(docs/(\w+\.md)", TEXT[ROOT / "README.md"]))
     assert linked == {page.name for page in PAGES[1:]}, "README.md leads to every page"
 
@@ -126,12 +126,12 @@ def test_picture_is_made_of_a_checkpoint_and_the_study(small_checkpoint, shapes,
     from experiments import readme_picture
 
     def main(*flags):
-        arguments = small_checkpoint, "--data-root", shapes, "--output", tmp_path / "picture.png", *flags
+        arguments = small_checkpoint, "--data-root", shapes, "--output", tmp_path / "picture.jpg", *flags
         monkeypatch.setattr("sys.argv", ["readme_picture", *map(str, arguments)])
         readme_picture.main()
 
     main("--items", 1, 3)
-    with Image.open(tmp_path / "picture.png") as picture:
+    with Image.open(tmp_path / "picture.jpg") as picture:
         assert picture.width > picture.height > 300
     with pytest.raises(InputError, match="--items 4: there are 4 validation images"):
         main("--items", 4)
