@@ -101,7 +101,8 @@ def claim_output(output, images, lists):
     names = overlay_names(images, os.pathconf(output, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255)
     earlier = False
     with contextlib.suppress(OSError, ValueError, TypeError):
-        earlier = all("overlay" in entry for entry in json.loads((output / "images.json").read_bytes()))
+        entries = json.loads((output / "images.json").read_bytes())
+        earlier = isinstance(entries, list) and all("overlay" in entry for entry in entries)
     for path in [output / name for name in names] + lists:
         if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
