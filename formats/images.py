@@ -79,7 +79,7 @@ def with_image(path, read, again=True):
         raise
     except DECODER_ERRORS as error:
         if again:
-            time.sleep(0.2)
+            time.sleep(0.2 if getattr(error, "errno", None) else 0)  # of a disk behind a network, for a moment
             return with_image(path, read, again=False)
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{path}: no such image file") from None

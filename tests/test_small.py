@@ -84,12 +84,15 @@ def test_evaluated_and_predicted_with(trained, shapes, call, tmp_path):
     assert len({result["image_id"] for result in found}) == 2
 
 
-def test_exported_and_compiled(trained, call, tmp_path):
-    said = call(export, trained / "checkpoint.pt", tmp_path / "out.pt2", "--size", 64, 96)
+def test_exported_and_compiled(train, call, tmp_path):
+    # Without DI and BATO, which test_export.py traces: every operation takes its time.
+    train(tmp_path / "run", "--no-di", "--no-bato", "--decoder-layers", 1, "--max-iterations", 1)
+    trained = tmp_path / "run" / "checkpoint.pt"
+    said = call(export, trained, tmp_path / "out.pt2", "--size", 64, 96)
     differences = [float(x) for x in re.findall(r"([\d.e+-]+) in ", said.partition("from the model")[2])]
     assert len(differences) == 3 and max(differences) < 1e-4
     # Traced as for --compile, and run without what a compiler, which needs minutes, would make of it.
-    backbone = predict.load_model(trained / "checkpoint.pt")[0].backbone
+    backbone = predict.load_model(trained)[0].backbone
     compiled = torch.compile(backbone, backend="eager", dynamic=True, fullgraph=True)
     images = torch.rand(2, 3, 64, 96)
     for ours, expected in zip(compiled(images), backbone(images), strict=True):
