@@ -60,10 +60,11 @@ def join_pairs(pairs, sets, counts):
     of the sets side by side, and its instance among those of all images, which have so many each.
     """
     sizes, found = queries_of(sets), []
-    for image, number in np.ndindex(len(counts), len(sets)):
-        query, instance = pairs[list(sets)[number]][image]
-        numbers, images = 0 * query + number, 0 * query + image
-        found.append((numbers, images, query + sum(sizes[:number]), instance + sum(counts[:image])))
+    for image in range(len(counts)):
+        for number, suffix in enumerate(sets):
+            query, instance = pairs[suffix][image]
+            where = 0 * query + number, 0 * query + image
+            found.append((*where, query + sum(sizes[:number]), instance + sum(counts[:image])))
     return torch.from_numpy(np.concatenate(found, 1))
 
 

@@ -131,5 +131,7 @@ def fault(image, dims):
         return f"a tensor of shape {tuple(image.shape)}"
     if not image.is_floating_point():
         return f"a tensor of {image.dtype}"
-    if image.device.type == "cpu" and (image.min() < -0.5 or image.max() > 1.5):  # resizing may overshoot a little
-        return f"values from {image.min():.3g} to {image.max():.3g}"
+    if image.device.type == "cpu":
+        low, high = image.aminmax()
+        if low < -0.5 or high > 1.5:  # resizing may overshoot a little
+            return f"values from {low:.3g} to {high:.3g}"

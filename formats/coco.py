@@ -273,7 +273,8 @@ def _check_fields(annotation, references):
     for field, ids, unknown in references:
         value = annotation.get(field)
         key = _key(value)
-        annotation[field] = number = ids[0].get(key, ids[1].get(_integer(value)))
+        number = ids[0].get(key)
+        annotation[field] = number = ids[1].get(_integer(value)) if number is None else number
         if number is None:
             what = f"{field.replace('_', ' ')} {short(value)}, expected"
             why = f"{what} an integer or a text" if key is None else f"unknown {what} one of {_list(ids[0])}"
