@@ -387,9 +387,9 @@ def test_the_second_signal_ends_it_at_once(workers, shapes, tmp_path):
     flags = ["--data-root", tmp_path / "shapes", *SMALL, "--no-eval", "--workers", workers]
     process = program("train", *flags, "--output", tmp_path / "out", output=tmp_path / "train")
     process.until(reads)
-    process.signal(signal.SIGINT)
+    process.signal(signal.SIGTERM)
+    process.signal(signal.SIGINT)  # without a pause, as torchrun and `timeout` do, which send one twice
     process.until(lambda: "a second signal ends it" in process.err)
-    process.signal(signal.SIGINT)  # as torchrun and `timeout` do, which send one twice
     time.sleep(0.7)
     process.signal(signal.SIGTERM)
     assert process.wait(10) == -signal.SIGTERM and "Traceback" not in process.err
