@@ -9,10 +9,7 @@ from ops import ms_deform_attn
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention with its projections.
-
-    dim, num_heads, num_levels, num_points: channels C, heads M, feature levels L, sampling points P per head and level.
-    """
+    """Multi-scale deformable attention with its projections: C channels, M heads, L levels, P points per head."""
 
     def __init__(self, dim, num_heads, num_levels, num_points):
         super().__init__()
@@ -35,8 +32,7 @@ class MSDeformAttn(nn.Module):
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)  # (M, 2)
-        points = torch.arange(1, self.num_points + 1)
-        offsets = directions[:, None, None] * points[:, None]  # (M, 1, P, 2)
+        offsets = directions[:, None, None] * torch.arange(1, self.num_points + 1)[:, None]  # (M, 1, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
@@ -52,17 +48,14 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            locations = reference + offsets / level_sizes(level_shapes, reference)[:, None]
+            # Made on the device itself, so that no copy is waited for.
+            sizes = torch.stack([torch.stack([reference.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
+            locations = reference + offsets / sizes[:, None]  # (L, 1, 2)
         else:
             locations = reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.num_points)
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
         weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=locations.dtype).view(shape)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
-
-
-def level_sizes(level_shapes, like):
-    """Width and height of all levels, (L, 2), in dtype and device of `like`; made there: no copy to wait for."""
-    return torch.stack([torch.stack([like.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
 
 
 class FeedForward(nn.Module):
@@ -103,10 +96,7 @@ def xavier_matrices_(module):
 
 
 def sine_embedding(values, dim, temperature=10000):
-    """`dim` channels for every value: sin (even channels) and cos (odd) of value * 2 pi at dim / 2 frequencies.
-
-    values of any shape (...), in [0, 1]. Returns (..., dim) in their dtype.
-    """
+    """values (...) in [0, 1] -> (..., dim): sin (even channels) and cos (odd) of 2 pi * value, dim / 2 frequencies."""
     frequencies = temperature ** (torch.arange(0, dim, 2, device=values.device, dtype=values.dtype) / dim)
     angles = values[..., None] * (2 * math.pi) / frequencies  # (..., dim / 2)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
@@ -124,10 +114,7 @@ def sine_position(height, width, dim, like):
 
 
 def sine_box(boxes, dim):
-    """Sine embedding of boxes: dim / 2 channels each for cy, cx, w, h, in this order.
-
-    boxes (..., 4) cxcywh in [0, 1]. Returns (..., 2 * dim).
-    """
+    """boxes (..., 4) cxcywh in [0, 1] -> (..., 2 * dim): sine embeddings of cy, cx, w, h in turn, dim / 2 each."""
     x, y, w, h = boxes.unbind(-1)
     return sine_embedding(torch.stack([y, x, w, h], -1), dim // 2).flatten(-2)
 

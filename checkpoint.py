@@ -17,7 +17,7 @@ from config import Config, InputError
 from distributed import process_rank, warn
 from files import explaining, first_words, write_whole
 from model import DIMaskDINO
-from weights import find_weights, load_backbone_weights, mismatches, open_weights
+from weights import find_weights, load_backbone_weights, mismatches, open_weights, some_of
 
 # Settings that decide which parameters there are, by the beginning of the parameters' names.
 SETTINGS_OF = {
@@ -35,15 +35,8 @@ def read_checkpoint(path):
     Raises InputError for a missing, damaged or foreign file; nothing in the file is executed.
     """
     foreign = f"{path}: not a checkpoint of this project; run convert.py on a released one"
-    try:
-        checkpoint = open_weights(path)
-        weights = find_weights(path, checkpoint)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; check the path") from None
-    except PermissionError:  # only a pickle could open it
-        raise InputError(foreign) from None
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
+    checkpoint = open_weights(path)
+    weights = find_weights(path, checkpoint)
     missing = [repr(key) for key in ("config", "classes") if key not in checkpoint]
     if missing:
         raise InputError(f"{foreign} (there are {len(weights)} tensors in it, but no {' and no '.join(missing)})")
@@ -72,12 +65,6 @@ def load_model(path, device="cpu", overrides=None):
             raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
     model.load_state_dict(weights)
     return model.to(device).eval(), checkpoint
-
-
-def some_of(names, most=10, between=", "):
-    """Names in a line, the first `most` and how many more there are."""
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return between.join(names[:most] + more) or "none"
 
 
 def save_checkpoint(path, checkpoint, keep=None):
@@ -257,7 +244,7 @@ def load_starting_point(model, args, classes):
     try:
         source = source or str(torchvision.models.get_model_weights(name).IMAGENET1K_V1)
         load_backbone_weights(model.backbone, source, args.trust_pickle)
-    except (ValueError, OSError) as error:
+    except InputError as error:
         raise InputError(f"{error} (or --backbone-weights none, to start from random weights)") from None
     return [f"the backbone starts from {source}"]
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import math
 import os
 import re
 import signal
@@ -54,7 +53,7 @@ def add_config_arguments(parser):
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
-            how = {"choices": inside}
+            how = {"type": type(inside[0]), "choices": inside}
         elif inside[1:] == (...,):
             how = {"type": comma_separated, "metavar": "N,..."}
         elif get_origin(kind) is tuple:
@@ -74,18 +73,19 @@ def config_from(args):
     return replace(PRESETS[args.preset], **given)
 
 
-def at_least(least, kind):
-    """An argparse type: a finite number of a kind, int or float, not below the least."""
+def at_least(least, kind, most=sys.float_info.max):
+    """An argparse type: a number of a kind, int or float, from the least to the most."""
 
     def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
+        if not least <= kind(text) <= most:
+            limits = f"{least} or more" if most == sys.float_info.max else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return kind(text)
 
     return number
 
 
-count, positive, not_negative = at_least(0, int), at_least(1, int), at_least(0, float)
+count, positive, not_negative, fraction = at_least(0, int), at_least(1, int), at_least(0, float), at_least(0, float, 1)
 
 
 def data_kind(args):

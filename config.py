@@ -26,7 +26,7 @@ class Config:
     frozen_batch_norm: bool = setting(True, "batch norm with fixed statistics; without: GroupNorm, trains from scratch")
     hidden_dim: int = setting(256, "C, channels of tokens and queries")
     num_heads: int = setting(8, "attention heads")
-    num_levels: int = setting(4, "maps that the encoder sees: 4: C3...C6; 5: C2...C6")
+    num_levels: Literal[4, 5] = setting(4, "maps that the encoder sees: 4: C3...C6; 5: C2...C6")
     num_points: int = setting(4, "sampling points of deformable attention per head and level")
     encoder_layers: int = setting(6, "layers of the encoder")
     encoder_feedforward_dim: int = setting(2048, "inner channels of the encoder's feed-forward networks")
@@ -69,19 +69,13 @@ class Config:
         if not sizes or sizes != sorted(sizes, reverse=True):
             raise InputError(f"selections {self.selections}: give one size or more, none above the one before it")
         if self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
-            raise InputError(
-                f"hidden_dim {self.hidden_dim}: must be a multiple of 32 and of num_heads {self.num_heads}"
-            )
-        if self.num_levels not in (4, 5):
-            raise InputError(f"num_levels {self.num_levels}: 4 or 5")
+            raise InputError(f"hidden_dim {self.hidden_dim}: must be a multiple of 32 and num_heads {self.num_heads}")
         if self.noise_scale > 1 or (self.class_prior or 0) >= 1:
             raise InputError(f"noise_scale {self.noise_scale}, class_prior {self.class_prior}: must be below 1")
         if self.train_scale[0] > self.train_scale[1]:
             raise InputError(f"train_scale {self.train_scale}: the smaller number comes first")
-        if self.guidance != "q_bal" and not (self.di and self.bato):
-            raise InputError(f"guidance {self.guidance}: is of DI and guides BATO, so that di and bato must be on")
-        if self.guidance != "q_bal" and len(sizes) < 2:
-            raise InputError(f"guidance {self.guidance}: needs two selections or more, not {self.selections}")
+        if self.guidance != "q_bal" and not (self.di and self.bato and sizes[1:]):
+            raise InputError(f"guidance {self.guidance}: needs di and bato, and two selections, not {self.selections}")
         if not self.gtg and not self.bato:
             raise InputError("gtg False: is a change to BATO, so that bato must be on")
         if self.bato and self.decoder_layers < 2:
@@ -93,7 +87,7 @@ class Config:
 def check_value(entry, value):
     """Raise InputError for a value of the field that is none of its choices or below its least."""
     if get_origin(entry.type) is Literal and value not in get_args(entry.type):
-        raise InputError(f"{entry.name} {value!r}: choose from {', '.join(get_args(entry.type))}")
+        raise InputError(f"{entry.name} {value!r}: choose from {', '.join(map(str, get_args(entry.type)))}")
     least = entry.metadata["least"]
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:  # NaN is not
@@ -104,9 +98,8 @@ PRESETS = {
     "dimaskdino_r50": Config(),
     "maskdino_r50": Config(di=False, bato=False, decoder_layers=9),
     "dimaskdino_swin_l": Config(backbone="swin_l_384"),
-    "maskdino_swin_l": Config(
-        backbone="swin_l_384", num_levels=5, box_init="bitmask", di=False, bato=False, decoder_layers=9
-    ),
+    "maskdino_swin_l": Config(backbone="swin_l_384", num_levels=5, box_init="bitmask", di=False, bato=False,
+                              decoder_layers=9),
     # Trains on a few hundred photographs from ImageNet weights, on a CPU or a small GPU.
     "small": Config(
         backbone="mobilenet_v2", hidden_dim=128, class_prior=0.01,

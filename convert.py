@@ -184,7 +184,7 @@ def categories(num_classes):
 
 
 def convert(source, output, trust_pickle=False, box_init=None):
-    """Released checkpoint -> checkpoint of this project. Returns its Config. Raises ValueError or OSError.
+    """Released checkpoint -> checkpoint of this project. Returns its Config. Raises InputError.
 
     box_init: where the boxes of the first selection come from, which no shape shows; None: as `read_config` takes it.
     """
@@ -228,8 +228,8 @@ def main():
         raise InputError("--box-init: is for a released checkpoint, not with --reverse")
     try:
         config = revert(source, output) if args.reverse else convert(source, output, args.trust_pickle, args.box_init)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{source}: {error}" if isinstance(error, ConversionError) else str(error)) from None
+    except ConversionError as error:
+        raise InputError(f"{source}: {error}") from None
     print(
         f"{output}: {'DI-MaskDINO' if config.di else 'Mask DINO'}, {config.backbone}, {config.num_levels} scales, "
         f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers, {config.num_classes} classes, "

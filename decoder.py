@@ -11,9 +11,7 @@ from precision import published, recompute
 
 
 def masks(predictions):
-    """Returns mask logits (B, Q, H/4, W/4), Eq. 11: dot products of mask_embeddings (B, Q, C) and pixel_features
-    (B, C, H/4, W/4), in the dtype of the latter.
-    """
+    """Eq. 11: mask_embeddings (B, Q, C) and pixel_features (B, C, H/4, W/4) -> logits (B, Q, H/4, W/4)."""
     pixel_features = predictions["pixel_features"]
     return torch.einsum("bqc,bchw->bqhw", predictions["mask_embeddings"].to(pixel_features.dtype), pixel_features)
 
@@ -45,9 +43,8 @@ class PredictionHeads(nn.Module):
         return {"pred_logits": self.class_head(x), "pred_boxes": boxes, **factors}
 
     def predict_layer(self, x, boxes, pixel_features):
-        """Returns the predictions of a decoder layer: x its output, boxes those that the layer before it gave, with
-        their gradient ("look forward twice", DINO). The queries pass the norm once for the box, twice for class and
-        mask, as released.
+        """Returns the predictions of a decoder layer from its output x and the boxes of the layer before it, with their
+        gradient ("look forward twice", DINO). The norm comes once for the box, twice for class and mask, as released.
         """
         x = self.norm(x)
         return self(x, refine(boxes, x, self.box_head), pixel_features)

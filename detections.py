@@ -75,10 +75,8 @@ def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.
             raise InputError("the model predicts NaN or infinity; its weights are damaged or its precision is too low")
         kept = score >= score_threshold
         score, order = score[kept].sort(descending=True, stable=True)
-        if encode:
-            inside = [inside[i] for i in order.tolist()]
-        else:
-            inside = torch.cat(inside or [kept.new_zeros(0, *output_size)])[order]
+        empty = kept.new_zeros(0, *output_size)
+        inside = [inside[i] for i in order.tolist()] if encode else torch.cat([*inside, empty])[order]
         found = {"scores": score, "labels": labels[b, likely][kept][order], "boxes": box[kept][order], "masks": inside}
         detections.append(found)
     return detections

@@ -86,12 +86,10 @@ def boxes_from_masks(mask_logits, box_init="mask"):
     for line in (logits.amax(-2) > 0, logits.amax(-1) > 0):  # (B, Q, W) columns, (B, Q, H) rows
         size = line.shape[-1]
         index = torch.arange(size, device=line.device)
-        first = torch.where(line, index, size).amin(-1)
-        if box_init == "bitmask":
-            last = torch.where(line, index + 1, 0).amax(-1)
-            first = torch.minimum(first, last)  # empty: 0 and 0
-        else:
-            last = torch.maximum(first, torch.where(line, index, 0).amax(-1))  # empty: size and size
+        wider = int(box_init == "bitmask")
+        first, last = torch.where(line, index, size).amin(-1), torch.where(line, index + wider, 0).amax(-1)
+        # Of an empty mask these are size and 0.
+        first, last = (torch.minimum(first, last), last) if wider else (first, torch.maximum(first, last))
         extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
     return torch.stack(extremes, -1).flatten(-2)  # [[cx, cy], [w, h]] -> (cx, cy, w, h)
 
@@ -164,9 +162,8 @@ class DeImbalance(nn.Module):
     def forward(self, features, heads):
         """features: `Features` with T_i; heads: the model's own.
 
-        Returns the decoder's input, T_s2 as `Queries`; {"t_s1", "t_s2": `Queries`}, which may guide BATO (Table 5); and
-        {interm_outputs: predictions of the first selection; di_outputs: a list with class and box of every interaction
-        layer; selections: a list of indices (B, k) int64, each among the tokens before it}.
+        Returns T_s2 as `Queries`, the decoder's input; {"t_s1", "t_s2": `Queries`}, which may guide BATO (Table 5); and
+        a dictionary with interm_outputs, di_outputs and selections of the model's outputs.
         """
         queries, predictions, indices = self.first_selection(features, heads)  # Eq. 1: T_s1
         stages, di_outputs, selections = {"t_s1": queries}, [], [indices]

@@ -72,9 +72,8 @@ class Encoder(nn.Module):
         self.grad_checkpoint = config.grad_checkpoint
         C = config.hidden_dim
         norm = lambda: nn.GroupNorm(32, C)  # noqa: E731
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in channels[5 - config.num_levels :]
-        )
+        used = channels[5 - config.num_levels :]  # C3...C5 or C2...C5
+        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in used)
         self.input_proj.append(nn.Sequential(nn.Conv2d(channels[-1], C, 3, stride=2, padding=1), norm()))  # C6
         self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # fine to coarse
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))

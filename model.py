@@ -79,16 +79,12 @@ class DIMaskDINO(nn.Module):
         return outputs
 
     def use_published_precision(self):
-        """Let the encoder with the pixel features, DI's interaction and the decoder layers compute in float32 under
-        autocast, as in the published training (mixed precision in float16).
-        """
+        """Under autocast, encoder, interaction and decoder layers compute in float32, as in the published training."""
         for module in (self.encoder, self.decoder, *self.di.interactions):
             module.float32 = True
 
     def batch(self, images):
-        """Returns a list of (3, H, W) RGB images in [0, 1], or a batch of them, as normalised (B, 3, H, W), zero-padded
-        at the bottom and right to multiples of 32.
-        """
+        """Returns the images normalised, as one batch, zero-padded at the bottom and right to multiples of 32."""
         check_images(images)
         like = self.encoder.level_embed  # for its dtype and device, where the constants are made: no copy to wait for
         mean, std = (torch.stack([like.new_full((1, 1), x) for x in values]) for values in (PIXEL_MEAN, PIXEL_STD))
@@ -105,33 +101,24 @@ def of_queries(predictions, queries):
 
 
 def check_images(images):
-    """Raise ValueError, with what is expected, for what `DIMaskDINO.forward` does not take as images.
-
-    In a model that is being traced nothing is looked at, as sizes may be symbols.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Raise ValueError, with what is expected, for what `DIMaskDINO.forward` does not take as images."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes may be symbols
         return
-    if isinstance(images, list | tuple):
-        faults = {f"images[{i}]": fault(image, 3) for i, image in enumerate(images)} or {"images": "none"}
-    else:
-        faults = {"images": fault(images, 4)}
+    several = isinstance(images, list | tuple)
+    faults = {f"images[{i}]": fault(x, 3) for i, x in enumerate(images)} if several else {"images": fault(images, 4)}
     expected = "give a list of (3, H, W) float RGB tensors in [0, 1], or one batch (B, 3, H, W) (bytes: divide by 255)"
-    for name, found in faults.items():
+    for name, found in (faults or {"images": "none"}).items():
         if found:
             raise ValueError(f"{name}: {found}; {expected}")
 
 
 def fault(image, dims):
-    """Returns what is wrong with an image, of 3 dimensions, or a batch, of 4; or None. Values are looked at on the CPU
-    only: on a GPU that would make the program wait for it.
-    """
+    """Returns what is wrong with an image, of 3 dimensions, or with a batch, of 4; or None."""
     if not torch.is_tensor(image):
         return f"a {type(image).__name__}"
-    if image.dim() != dims or image.shape[-3] != 3 or image.numel() == 0:
-        return f"a tensor of shape {tuple(image.shape)}"
-    if not image.is_floating_point():
-        return f"a tensor of {image.dtype}"
-    if image.device.type == "cpu":
+    if image.dim() != dims or image.shape[-3] != 3 or image.numel() == 0 or not image.is_floating_point():
+        return f"a tensor of {image.dtype}, shape {tuple(image.shape)}"
+    if image.device.type == "cpu":  # to look at values on a GPU would make the program wait for it
         low, high = image.aminmax()
         if low < -0.5 or high > 1.5:  # resizing may overshoot a little
             return f"values from {low:.3g} to {high:.3g}"

@@ -133,20 +133,13 @@ def parse_arguments():
     add("--output", required=True, metavar="DIR", help="The folder for the overlays, detections.json and images.json.")
     add("--recursive", action="store_true", help="Take the images in folders inside of folders as well.")
     threshold = "Leave out detections below this score, 0 to 1 (default: 0.3)."
-    add("--score-threshold", type=fraction, default=0.3, metavar="S", help=threshold)
+    add("--score-threshold", type=cli.fraction, default=0.3, metavar="S", help=threshold)
     limit = "Keep at most so many detections of an image (default: 100)."
     add("--max-detections", type=cli.positive, default=100, metavar="N", help=limit)
     layer = "Take decoder layer N, 0 being the decoder's input; several side by side. Name the images before this flag."
     add("--layer", type=cli.count, nargs="+", metavar="N", help=layer)
     cli.add_model_arguments(parser)
     return parser.parse_args()
-
-
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def main():

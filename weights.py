@@ -14,7 +14,8 @@ import torch
 import torchvision
 
 from backbone import MobileNet, ResNet, Swin
-from files import explaining
+from config import InputError
+from files import explaining, first_words
 
 # Parameter names here and in the files of others: (ours, theirs), each the beginning of a name, "#" a number. The first
 # row that fits holds.
@@ -85,17 +86,17 @@ def is_pickle(path):
 def open_weights(path, trust_pickle=False):
     """What a file of torch.save or safetensors, or a plain pickle with the suffix .pkl, holds; tensors on the CPU.
 
-    Raises PermissionError without `trust_pickle` for a file that only Python's pickle can open, since that runs
-    whatever program the file holds; ValueError or OSError, in one line, for what cannot be read.
+    Raises InputError for what cannot be read, and without `trust_pickle` for a file that only Python's pickle can open,
+    since that runs whatever program the file holds.
     """
     path = Path(path)
     with explaining(PermissionError, f"{path}: cannot be read", "check its rights"):
         if path.is_dir():
-            raise IsADirectoryError(f"{path}: is a folder; give the checkpoint file in it")
+            raise InputError(f"{path}: is a folder; give the checkpoint file in it")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; check the path")
+            raise InputError(f"{path}: no such file; check the path")
         if kind := file_kind(path):
-            raise ValueError(f"{path}: is {kind}")
+            raise InputError(f"{path}: is {kind}")
     if path.suffix == ".safetensors":
         with explaining(ImportError, f"{path}: needs a further package", "python -m pip install safetensors"):
             from safetensors.torch import load_file
@@ -113,9 +114,9 @@ def open_weights(path, trust_pickle=False):
                 return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
         if not is_pickle(path):
             raise ValueError("no whole file of torch.save")
-    raise PermissionError(
-        f"{path}: opening this file needs Python's pickle, which can run any program on this machine; "
-        "if you trust where the file comes from, add --trust-pickle"
+    raise InputError(
+        f"{path}: only Python's pickle can open it, which can run any program on this machine; if you trust where it "
+        "comes from, convert.py takes it with --trust-pickle, train.py too, as --backbone-weights"
     )
 
 
@@ -127,7 +128,7 @@ def find_weights(path, content):
     """The weights in what a file holds: {name: tensor}, without the prefixes of DDP, torch.compile and Lightning.
 
     A line on stderr says where they were if that is neither its top nor "model", and what other ones there are. Raises
-    ValueError.
+    InputError.
     """
     entries, where = content, []
     while isinstance(entries, dict) and (found := [key for key in WRAPPERS if isinstance(entries.get(key), dict)]):
@@ -137,24 +138,24 @@ def find_weights(path, content):
             print(f"{path}: takes the weights of {'.'.join(where)!r}{others}", file=sys.stderr)
         entries = entries[found[0]]
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{path}: holds no weights, neither at its top nor under {', '.join(map(repr, WRAPPERS))}")
+        raise InputError(f"{path}: holds no weights, neither at its top nor under {', '.join(map(repr, WRAPPERS))}")
     weights = {}
     for name, value in entries.items():
         if not isinstance(value, torch.Tensor | np.ndarray | np.generic):
-            raise ValueError(f"{path}: the entry {name!r} is not a tensor but {type(value).__name__}")
+            raise InputError(f"{path}: the entry {name!r} is not a tensor but {type(value).__name__}")
         if str(name) != "n_averaged":  # of torch.optim.swa_utils.AveragedModel
             bare = re.sub(r"^((module|model)\.)*", "", str(name).replace("_orig_mod.", ""))
             if bare in weights:
-                raise ValueError(f"{path}: holds {bare} twice, once as {name}; give a file with one model")
+                raise InputError(f"{path}: holds {bare} twice, once as {name}; give a file with one model")
             weights[bare] = torch.as_tensor(value)
     for name, value in weights.items():
         if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: its training diverged, or it is damaged")
+            raise InputError(f"{path}: {name} holds NaN or infinity: its training diverged, or it is damaged")
     return weights
 
 
 def read_weights(path, trust_pickle=False):
-    """{name: tensor} from a file of others, see `open_weights`, `find_weights`. Raises ValueError or OSError."""
+    """{name: tensor} from a file of others, see `open_weights`, `find_weights`. Raises InputError."""
     return find_weights(path, open_weights(path, trust_pickle))
 
 
@@ -169,14 +170,16 @@ def mismatches(found, expected):
     ]
 
 
-def listed(problems, most=10):
-    """The lines of `mismatches`, indented below another: of each kind the first `most` and how many more there are."""
-    text = ""
-    for kind, lines in groupby(problems, lambda line: line.split(":")[0]):
-        lines = list(lines)
-        shown = lines[:most] + [f"{kind}: and {len(lines) - most} more"] * (len(lines) > most)
-        text += "".join(f"\n  {line}" for line in shown)
-    return text
+def some_of(names, most=10, between=", "):
+    """Names in a line, the first `most` and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return between.join(names[:most] + more) or "none"
+
+
+def listed(problems):
+    """The lines of `mismatches`, indented below another: `some_of` each kind."""
+    kinds = groupby(problems, lambda line: line.split(":")[0])
+    return "".join("\n  " + some_of(list(lines), between="\n  ") for _, lines in kinds)
 
 
 def load_backbone_weights(backbone, source, trust_pickle=False):
@@ -186,8 +189,7 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
                   of torchvision, of Microsoft's Swin, or of Detectron2, told apart by the names in it
     trust_pickle  allows a file in the format of Python's pickle, as Detectron2's .pkl, which may run any program
 
-    Raises ValueError, listing entries that are missing, unknown or misshapen, ten of each kind at most; ValueError or
-    OSError, in one line, for what cannot be read.
+    Raises InputError, which lists entries that are missing, unknown or misshapen, ten of each kind at most.
     """
     weights = download_weights(source) if "_Weights." in str(source) else read_weights(source, trust_pickle)
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
@@ -199,16 +201,16 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
     needed = {name: ours for name, ours in names.items() if name in weights or not ours.startswith("norms.")}
     expected = {name: state[ours].shape for name, ours in needed.items()}
     if problems := mismatches(weights, expected):
-        raise ValueError(f"{source}: {len(problems)} entries do not fit the backbone:{listed(problems)}")
+        raise InputError(f"{source}: {len(problems)} entries do not fit the backbone:{listed(problems)}")
     backbone.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 
 def download_weights(name):
-    """{name: tensor} of torchvision's weights of that name, from its cache or the net. Raises ValueError or OSError."""
+    """{name: tensor} of torchvision's weights of that name, from its cache or the net. Raises InputError."""
     with explaining((ValueError, KeyError, AttributeError), f"{name}: torchvision has no weights of that name"):
         weights = torchvision.models.get_weight(name)
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # of the connection, of the disk, or of a damaged file
         advice = f"give its file with --backbone-weights, or put it into {Path(torch.hub.get_dir(), 'checkpoints')}"
-        raise OSError(f"{name}: cannot load {weights.url} ({str(error) or type(error).__name__}); {advice}") from None
+        raise InputError(f"{name}: cannot load {weights.url} ({first_words(error)}); {advice}") from None

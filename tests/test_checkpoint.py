@@ -273,10 +273,9 @@ def test_what_is_no_checkpoint_is_called_what_it_is(content, tmp_path):
     ):
         path.write_text(text)
         fails(path, says)
-    fails(tmp_path / "none.pt", "no such checkpoint")
+    fails(tmp_path / "none.pt", "no such file")
     torch.save({"state_dict": content["model"]}, path)
     fails(path, "run convert.py on a released one .*tensors in it, but no 'config' and no 'classes'")
     torch.save(content | {"config": torch.nn.Linear(1, 1)}, path)  # an object, which only a pickle can open
-    with pytest.raises(InputError, match="not a checkpoint of this project") as error:
+    with pytest.raises(InputError, match="only Python's pickle can open it.*convert.py"):
         read_checkpoint(path)
-    assert "--trust-pickle" not in str(error.value)

@@ -93,7 +93,7 @@ def test_a_predictor_of_wrong_arguments(small_checkpoint, tmp_path):
         load("predictor", checkpoint=small_checkpoint, score_threshold=30)
     with pytest.raises(ValueError, match="max_detections 0"):
         load("predictor", checkpoint=small_checkpoint, max_detections=0)
-    with pytest.raises(ValueError, match="no such checkpoint"):
+    with pytest.raises(ValueError, match="no such file"):
         load("predictor", checkpoint=tmp_path / "none.pt")
     predictor = load("predictor", checkpoint=small_checkpoint)
     with pytest.raises(ValueError, match="none.jpg: no such image"):

@@ -172,14 +172,14 @@ def test_initial_boxes_are_the_reference_boxes():
 
 
 @pytest.mark.parametrize("images, found", [
-    (torch.rand(3, 64, 64), r"images: a tensor of shape \(3, 64, 64\)"),
-    (torch.rand(2, 4, 64, 64), r"images: a tensor of shape \(2, 4, 64, 64\)"),
-    (torch.rand(0, 3, 64, 64), r"images: a tensor of shape \(0, 3, 64, 64\)"),
+    (torch.rand(3, 64, 64), r"images: a tensor of torch.float32, shape \(3, 64, 64\)"),
+    (torch.rand(2, 4, 64, 64), r"images: a tensor of torch.float32, shape \(2, 4, 64, 64\)"),
+    (torch.rand(0, 3, 64, 64), r"images: a tensor of torch.float32, shape \(0, 3, 64, 64\)"),
     ([], "images: none"),
     ("photo.jpg", "images: a str"),
-    ([torch.rand(3, 9, 9), torch.rand(1, 3, 9, 9)], r"images\[1\]: a tensor of shape \(1, 3, 9, 9\)"),
-    ([torch.rand(64, 64, 3)], r"images\[0\]: a tensor of shape \(64, 64, 3\)"),
-    ([torch.rand(3, 0, 64)], r"images\[0\]: a tensor of shape \(3, 0, 64\)"),
+    ([torch.rand(3, 9, 9), torch.rand(1, 3, 9, 9)], r"images\[1\]: a tensor of torch.float32, shape \(1, 3, 9, 9\)"),
+    ([torch.rand(64, 64, 3)], r"images\[0\]: a tensor of torch.float32, shape \(64, 64, 3\)"),
+    ([torch.rand(3, 0, 64)], r"images\[0\]: a tensor of torch.float32, shape \(3, 0, 64\)"),
     ([torch.zeros(3, 9, 9, dtype=torch.uint8)], r"images\[0\]: a tensor of torch.uint8.*divide by 255"),
     ([torch.linspace(0, 255, 243).view(3, 9, 9)], r"images\[0\]: values from 0 to 255.*divide by 255"),
     (torch.linspace(-2, 3, 243).view(1, 3, 9, 9), "images: values from -2 to 3"),

@@ -453,7 +453,7 @@ def test_an_error_in_one_process_ends_all(shapes, tmp_path):
     processes = two_programs(tmp_path, *flags, by_rank={1: ["--init", tmp_path / "none.pt"]})
     assert [process.wait() for process in processes] == [1, 1]
     assert [process.err.count("error: ") for process in processes] == [0, 1]
-    assert "none.pt: no such checkpoint" in processes[1].err and "Traceback" not in processes[0].err + processes[1].err
+    assert "none.pt: no such file" in processes[1].err and "Traceback" not in processes[0].err + processes[1].err
 
 
 def test_a_signal_in_one_process_while_it_evaluates(shapes, tmp_path):
