@@ -349,8 +349,8 @@ def _find_file(given, image_dir, alike):
 
 
 def _plain(name):
-    """What all spellings of a file's name have in common: composed or decomposed, percent-encoded, in capitals."""
-    return unicodedata.normalize("NFD", unquote(name, errors="surrogateescape").lower())
+    """What all spellings of a file's name have in common: composed or decomposed, percent-encoded, in capitals, spaces."""
+    return unicodedata.normalize("NFD", unquote(name, errors="surrogateescape").lower().strip())
 
 
 def _by_plain_name(image_dir, folder):

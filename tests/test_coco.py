@@ -190,6 +190,7 @@ SPELLINGS = {  # what the file says: what is in the folder
     "\uc0ac\uc9c4/IMG_1.JPG": "\uc0ac\uc9c4/img_1.jpg",
     "Photos/1.PNG": "photos/1.Png",
     "100% (%zz).png": "100% (%ZZ).PNG",
+    " a b.png\n": "a b.png",
 }
 
 
