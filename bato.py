@@ -5,8 +5,8 @@ from torch import nn
 
 from attention import FeedForward, sine_position, xavier_matrices_
 from di import gather_tokens, select
-from encoder import Features, GroupNorm, tokens_to_map
-from precision import in_full_precision, recompute
+from encoder import Features, GroupNorm, feed_forward, tokens_to_map
+from precision import in_full_precision
 
 
 class BATO(nn.Module):
@@ -41,7 +41,7 @@ class BATO(nn.Module):
 
         position = torch.cat([sine_position(*shape, t_i.shape[-1], self.norm.weight) for shape in level_shapes])
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
-        t_bal = recompute(self.ffn, self.norm(t_i + attended))  # Eq. 8; as in the encoder, to store less
+        t_bal = feed_forward(self.ffn, self.norm(t_i + attended))  # Eq. 8
 
         finest = tokens_to_map(t_bal, level_shapes, -1, pixel_features.shape[-2:])  # C3's part
         return Features(t_bal, level_shapes, self.pixel_output(pixel_features + finest)), guiding

@@ -88,7 +88,6 @@ def boxes_from_masks(mask_logits, box_init="mask"):
         index = torch.arange(size, device=line.device)
         wider = int(box_init == "bitmask")
         first, last = torch.where(line, index, size).amin(-1), torch.where(line, index + wider, 0).amax(-1)
-        # Of an empty mask these are size and 0.
         first, last = (torch.minimum(first, last), last) if wider else (first, torch.maximum(first, last))
         extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
     return torch.stack(extremes, -1).flatten(-2)  # [[cx, cy], [w, h]] -> (cx, cy, w, h)

@@ -61,10 +61,11 @@ def draw_instances(image, instances, classes, letters=1 / 65):
 
 def paste_mask(canvas, mask, factor, line, colour):
     """Fill a mask (H, W) bool, `factor` times enlarged, lightly, and draw a contour of at most `line` pixels in it."""
-    if not (bounds := Image.fromarray(mask).getbbox()):
+    rows, columns = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
+    if not rows:
         return
-    x0, y0, x1, y1 = bounds
-    mask = mask[y0:y1, x0:x1].repeat(factor, 0).repeat(factor, 1)
+    x0, y0 = columns[0], rows[0]
+    mask = mask[y0 : rows[-1] + 1, x0 : columns[-1] + 1].repeat(factor, 0).repeat(factor, 1)
     line = max(1, min(line, min(mask.shape) // 12))  # of a small object something else remains to be seen
     opacity = np.where(binary_erosion(mask, iterations=line), np.uint8(FILL), mask * np.uint8(255))
     canvas.paste(colour, (x0 * factor, y0 * factor), Image.fromarray(opacity))

@@ -55,11 +55,14 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens, position, centres, level_shapes):
         """tokens (B, S, C), position (S, C), centres (S, 2). Returns tokens (B, S, C)."""
         x = self.norm(tokens + self.self_attn(tokens + position, centres[None], tokens, level_shapes))
-        # Equivalent to ffn(x), and stores a third less: its inner activations are the widest. On a CPU in pieces, which
-        # come back from its caches: the backward pass takes two thirds of the time.
-        if self.training and x.device.type == "cpu":
-            return torch.cat([recompute(self.ffn, piece) for piece in x.split(1024, 1)], 1)
-        return recompute(self.ffn, x)
+        return feed_forward(self.ffn, x)
+
+
+def feed_forward(ffn, x):
+    """Returns ffn(x) of tokens x (B, S, C); in training its wide inner activations are computed again, not stored."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # in pieces that stay in its caches: faster
+        return torch.cat([recompute(ffn, piece) for piece in x.split(1024, 1)], 1)
+    return recompute(ffn, x)
 
 
 class Encoder(nn.Module):

@@ -349,7 +349,7 @@ def _find_file(given, image_dir, alike):
 
 
 def _plain(name):
-    """What all spellings of a file's name have in common: composed or decomposed, percent-encoded, in capitals, spaces."""
+    """What all spellings of a file's name share: composed or decomposed, percent-encoded, capitals, outer spaces."""
     return unicodedata.normalize("NFD", unquote(name, errors="surrogateescape").lower().strip())
 
 
