@@ -273,7 +273,7 @@ def test_an_output_that_cannot_be_is_said_before_the_model_loads(run, folder, tm
 @pytest.mark.parametrize("flags, says", [
     (["--score-threshold", "1.5"], "--score-threshold: must be from 0 to 1, not 1.5"),
     (["--score-threshold", "nan"], "--score-threshold: must be from 0 to 1, not nan"),
-    (["--score-threshold", "half"], "--score-threshold: invalid fraction value: 'half'"),
+    (["--score-threshold", "half"], "--score-threshold: invalid number value: 'half'"),
     (["--max-detections", "0"], "--max-detections: must be 1 or more, not 0"),
     (["--device", "meta"], "--device meta: cannot be used here"),
     (["--device", "mps"], "--device mps: cannot be used here"),
