@@ -90,7 +90,7 @@ def open_weights(path, trust_pickle=False):
     since that runs whatever program the file holds.
     """
     path = Path(path)
-    with explaining(PermissionError, f"{path}: cannot be read", "check its rights"):
+    with explaining(OSError, f"{path}: cannot be read", "check the disk and its rights"):
         if path.is_dir():
             raise InputError(f"{path}: is a folder; give the checkpoint file in it")
         if not path.is_file():
