@@ -135,7 +135,8 @@ def test_a_file_without_rights(small_checkpoint, tmp_path):
     for read in (read_checkpoint, read_weights):
         process = Process(read_as_another_user, read, str(path), output=tmp_path / "read")
         assert process.wait() == 1
-        assert process.err.endswith(f"error: {path}: cannot be read (Permission denied); check the disk and its rights\n")
+        why = "cannot be read (Permission denied); check the disk and its rights"
+        assert process.err.endswith(f"error: {path}: {why}\n")
 
 
 def test_full_disk(shapes, tmp_path):
