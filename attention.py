@@ -48,8 +48,9 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(*shape, 2)
         reference = reference[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
         if reference.shape[-1] == 2:
+            # Of the levels, (L, 2); made on the device, so that no copy is waited for.
             sizes = torch.stack([torch.stack([reference.new_full((), n) for n in (w, h)]) for h, w in level_shapes])
-            locations = reference + offsets / sizes[:, None]  # made on the device: no copy to wait for
+            locations = reference + offsets / sizes[:, None]
         else:
             locations = reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.num_points)
         # Under autocast `value` is in half precision, `locations` and with them the weights in the reference's float32.
