@@ -1,5 +1,5 @@
 """DI-MaskDINO, Mask DINO and Mask R-CNN from the same pretrained backbone on photographs, held-out ones to evaluate, in
-equal time on one core each: python -m experiments.real_images --data-root DIR.
+equal time on one core each: python -m experiments.real_images --data-root DIR. And, when named, each module alone.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, pair
 from formats.coco import coco_paths, read_annotations
 
 FOLDER = Path(__file__).resolve().parent
-SYSTEMS = {"di-maskdino": "DI-MaskDINO", "mask-dino": "Mask DINO", "mask-rcnn": "Mask R-CNN"}
-MODULES = {"di-maskdino": [], "mask-dino": ["--no-di", "--no-bato"]}
+SYSTEMS = {"di-maskdino": "DI-MaskDINO", "mask-dino": "Mask DINO", "mask-rcnn": "Mask R-CNN", "di": "DI alone",
+           "bato": "BATO alone"}  # fmt: skip
+MODULES = {"di-maskdino": [], "mask-dino": ["--no-di", "--no-bato"], "di": ["--no-bato"], "bato": ["--no-di"]}
+PAIRS = [("di-maskdino", "mask-rcnn"), ("di-maskdino", "mask-dino"), ("di", "mask-dino"), ("bato", "mask-dino")]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CALIBRATION = 40  # iterations that are timed
 EVALUATIONS = 6  # along a run
@@ -162,20 +164,20 @@ def markdown(runs):
 
 
 def differences(runs):
-    """Lines of a table: DI-MaskDINO minus the others, pairs of the same seed."""
+    """Lines of a table: differences of PAIRS of systems, runs of the same seed."""
     seeds = {system: {run["seed"] for run in runs if run["system"] == system} for system in SYSTEMS}
     columns = {"box AP": ("box", -1), "mask AP": ("mask", -1), "gap at input": ("gap", 0), "gap at layer 1": ("gap", 1)}
     rows = []
-    for other in ("mask-dino", "mask-rcnn"):
-        if common := seeds["di-maskdino"] & seeds[other]:
+    for pair in PAIRS:
+        if common := set.intersection(*(seeds[system] for system in pair)):
             cells = [
-                paired(*(values(runs, s, kind, layer=layer, seeds=common) for s in ("di-maskdino", other)))
-                if other in MODULES or kind != "gap"
+                paired(*(values(runs, s, kind, layer=layer, seeds=common) for s in pair))
+                if pair[1] in MODULES or kind != "gap"
                 else ""
                 for kind, layer in columns.values()
             ]
-            rows.append([SYSTEMS[other], len(common), *cells])
-    return table(["DI-MaskDINO minus", "seeds", *columns], rows)
+            rows.append([" minus ".join(SYSTEMS[system] for system in pair), len(common), *cells])
+    return table(["difference", "seeds", *columns], rows)
 
 
 def plot(runs, path):
@@ -251,7 +253,7 @@ def parse_arguments(argv=None):
     add("--data-root", required=True, metavar="DIR", help="folder of a data set in COCO's layout, with val images")
     add("--minutes", type=float, default=60, help="of computing in the training of each run (default: 60)")
     add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which to run (default: all)")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS)[:3], help="to run (default: the first three)")
     add("--backbone-weights", default="MobileNet_V2_Weights.IMAGENET1K_V1", metavar="NAME-OR-FILE",
         help="pretrained backbone of all three, as for train.py (default: %(default)s)")  # fmt: skip
     add("--flags", default="", help="further flags of train.py --preset small, for our two systems")
@@ -302,6 +304,8 @@ def main():
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
+    runs = earlier_runs(results / f"{name}.json", settings=settings)  # another command may have written meanwhile
+    known = {(run["system"], run["seed"]) for run in runs}
     runs += [run for run in collect(args, output, epochs) if (run["system"], run["seed"]) not in known]
     runs.sort(key=lambda run: (run["seed"], list(SYSTEMS).index(run["system"])))
     content = {"settings": settings, "commit": commit(), "machine": machine(), "runs": runs}
