@@ -149,6 +149,11 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--output", str(tmp_path / "elsewhere")])
     real_images.main()
     assert len(in_process) == first and json.loads(results.read_text())["runs"] == content["runs"]
+    # What another command writes meanwhile is kept.
+    more = content | {"runs": [*content["runs"], content["runs"][0] | {"system": "bato"}]}
+    monkeypatch.setattr(real_images, "run_all", lambda *_: results.write_text(json.dumps(more)))
+    real_images.main()
+    assert json.loads(results.read_text())["runs"] == more["runs"]
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--flags", "--lr 1"])
     with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
         real_images.main()

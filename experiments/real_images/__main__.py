@@ -255,8 +255,8 @@ def parse_arguments(argv=None):
     add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS)[:3], help="to run (default: the first three)")
     add("--backbone-weights", default="MobileNet_V2_Weights.IMAGENET1K_V1", metavar="NAME-OR-FILE",
-        help="pretrained backbone of all three, as for train.py (default: %(default)s)")  # fmt: skip
-    add("--flags", default="", help="further flags of train.py --preset small, for our two systems")
+        help="pretrained backbone of all, as for train.py (default: %(default)s)")  # fmt: skip
+    add("--flags", default="", help="further flags of train.py --preset small, for all but Mask R-CNN")
     add("--mask-rcnn-flags", default="", help="further flags of experiments.real_images.mask_rcnn")
     add("--choose", action="store_true", help="hold out a fifth of the training images instead of the val images, to "
         "choose the settings above without looking at those")  # fmt: skip
