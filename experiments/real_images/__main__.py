@@ -168,15 +168,15 @@ def differences(runs):
     seeds = {system: {run["seed"] for run in runs if run["system"] == system} for system in SYSTEMS}
     columns = {"box AP": ("box", -1), "mask AP": ("mask", -1), "gap at input": ("gap", 0), "gap at layer 1": ("gap", 1)}
     rows = []
-    for pair in PAIRS:
-        if common := set.intersection(*(seeds[system] for system in pair)):
+    for ours, other in PAIRS:
+        if common := seeds[ours] & seeds[other]:
             cells = [
-                paired(*(values(runs, s, kind, layer=layer, seeds=common) for s in pair))
-                if pair[1] in MODULES or kind != "gap"
+                paired(*(values(runs, s, kind, layer=layer, seeds=common) for s in (ours, other)))
+                if other in MODULES or kind != "gap"
                 else ""
                 for kind, layer in columns.values()
             ]
-            rows.append([" minus ".join(SYSTEMS[system] for system in pair), len(common), *cells])
+            rows.append([f"{SYSTEMS[ours]} minus {SYSTEMS[other]}", len(common), *cells])
     return table(["difference", "seeds", *columns], rows)
 
 
@@ -304,10 +304,10 @@ def main():
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
-    runs = earlier_runs(results / f"{name}.json", settings=settings)  # another command may have written meanwhile
-    known = {(run["system"], run["seed"]) for run in runs}
-    runs += [run for run in collect(args, output, epochs) if (run["system"], run["seed"]) not in known]
-    runs.sort(key=lambda run: (run["seed"], list(SYSTEMS).index(run["system"])))
+    runs = collect(args, output, epochs)
+    runs += earlier_runs(results / f"{name}.json", settings=settings)  # again: another command may have written to it
+    runs = {(run["seed"], list(SYSTEMS).index(run["system"])): run for run in runs}  # those of the file stay
+    runs = [runs[key] for key in sorted(runs)]
     content = {"settings": settings, "commit": commit(), "machine": machine(), "runs": runs}
     (results / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(runs))
