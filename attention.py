@@ -95,9 +95,9 @@ def xavier_matrices_(module):
             child.reset_parameters()
 
 
-def sine_embedding(values, dim, temperature=10000):
+def sine_embedding(values, dim):
     """values (...) in [0, 1] -> (..., dim): sin (even channels) and cos (odd) of 2 pi * value, dim / 2 frequencies."""
-    frequencies = temperature ** (torch.arange(0, dim, 2, device=values.device, dtype=values.dtype) / dim)
+    frequencies = 10000 ** (torch.arange(0, dim, 2, device=values.device, dtype=values.dtype) / dim)
     angles = values[..., None] * (2 * math.pi) / frequencies  # (..., dim / 2)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
@@ -119,7 +119,7 @@ def sine_box(boxes, dim):
     return sine_embedding(torch.stack([y, x, w, h], -1), dim // 2).flatten(-2)
 
 
-def inverse_sigmoid(x, eps=1e-5):
-    """Logit of x, any shape; x and 1 - x are kept at `eps` or above, so the logits lie within about +-11.5."""
+def inverse_sigmoid(x):
+    """Logit of x, any shape; x and 1 - x are kept at 1e-5 or above, so the logits lie within about +-11.5."""
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5))

@@ -53,7 +53,8 @@ def load_model(path, device="cpu", overrides=None):
     """
     checkpoint = read_checkpoint(path)
     weights, classes = checkpoint["model"], checkpoint["classes"]
-    with explaining((TypeError, ValueError, RuntimeError), f"{path}: its config is not one of this version"):
+    settings = f"{path}: its config{' and these settings' * bool(overrides)}"
+    with explaining((TypeError, ValueError, RuntimeError), f"{settings}: not of this version"):
         model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
     if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
         settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]
@@ -196,7 +197,7 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
 
     settings, schedule: those of now, of which the schedule may be another. Returns lines to print. Raises InputError.
     """
-    if "optimizer" not in checkpoint:
+    if "settings" not in checkpoint:
         raise InputError(f"{path}: holds no state of a training; start from its weights with --init")
     check_config(path, checkpoint, model.config, settings)
     with explaining((KeyError, ValueError, RuntimeError), f"{path}: cannot be resumed", "start from it with --init"):
@@ -224,10 +225,10 @@ def add_start_arguments(parser):
     """The flags that name what a training starts from."""
     add = parser.add_argument_group("starting point").add_argument
     kinds = "torchvision's name of weights, a file of torchvision, Microsoft's Swin or Detectron2, or none"
-    help_text = f"pretrained backbone: {kinds} (default: ImageNet's; for tiny, none)"
+    help_text = f"The pretrained backbone: {kinds} (default: ImageNet's; for tiny, none)."
     add("--backbone-weights", metavar="NAME-OR-FILE", help=help_text)
-    add("--init", metavar="CKPT", help="start from the weights of a checkpoint, also one for other classes")
-    pickle = "allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds"
+    add("--init", metavar="CKPT", help="Start from the weights of a checkpoint, also one for other classes.")
+    pickle = "Allow --backbone-weights to be a pickle, such as Detectron2's .pkl, which can run any program it holds."
     add("--trust-pickle", action="store_true", help=pickle)
 
 

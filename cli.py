@@ -31,16 +31,16 @@ from shapes import make_shapes
 def add_data_arguments(parser):
     """The flags that name the data, the same in every program."""
     add = parser.add_argument_group("data").add_argument
-    kinds = "shapes, shapes-hard: generated images; coco: a data set in COCO format; bdd100k: BDD100K's bitmasks"
+    kinds = "Generated images (shapes, shapes-hard), a data set in COCO format (coco) or BDD100K's bitmasks (bdd100k)"
     default = "default: coco with --data-root, and shapes where no data is named at all"
-    add("--data", choices=["shapes", "shapes-hard", "coco", "bdd100k"], help=f"{kinds} ({default})")
-    layout = "folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it"
-    add("--data-root", metavar="DIR", help=f"{layout} (default: runs/ + its name)")
+    add("--data", choices=["shapes", "shapes-hard", "coco", "bdd100k"], help=f"{kinds} ({default}).")
+    layout = "The folder of the data set in COCO's or BDD100K's layout; for shapes, where to generate it"
+    add("--data-root", metavar="DIR", help=f"{layout} (default: runs/ + its name).")
     for split in ("train", "val"):
-        instead = f"of the {split} images, instead of the one in --data-root"
-        add(f"--{split}-json", metavar="FILE", help=f"annotation file {instead}")
-        add(f"--{split}-images", metavar="DIR", help=f"folder {instead}")
-    workers = "processes that load the data (default: half the cores, at most 4)"
+        instead = f"of the {split} images, instead of the one in --data-root."
+        add(f"--{split}-json", metavar="FILE", help=f"The annotation file {instead}")
+        add(f"--{split}-images", metavar="DIR", help=f"The folder {instead}")
+    workers = "The processes that load the data (default: half the cores, at most 4)."
     add("--workers", type=count, default=min(4, (os.cpu_count() or 2) // 2), help=workers)
 
 
@@ -49,7 +49,7 @@ def add_config_arguments(parser):
     add = parser.add_argument_group("settings of model, losses and images; the default is the preset's").add_argument
     for entry in fields(Config)[1:]:
         kind, inside = entry.type, get_args(entry.type)
-        how = {"type": inside[0] if inside else kind, "metavar": "N"}
+        how = {"type": inside[0] if inside else kind, "metavar": "NAME" if kind is str else "N"}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
@@ -89,9 +89,9 @@ count, positive, not_negative, fraction = at_least(0, int), at_least(1, int), at
 
 
 def data_kind(args):
-    """--data or what stands for it: coco with --data-root alone, None with files alone, shapes with nothing."""
+    """--data or what stands for it: coco with --data-root, None with files alone, shapes with nothing."""
     files = (getattr(args, f"{split}_{what}") for split in ("train", "val") for what in ("json", "images"))
-    return args.data or ("coco" if args.data_root else None if any(files) else "shapes")
+    return None if any(files) and not args.data_root else args.data or ("coco" if args.data_root else "shapes")
 
 
 def generate_shapes(args):
@@ -128,11 +128,11 @@ def open_split(args, split, test_size=(800, 1333), augmentation=None, need_annot
 def add_model_arguments(parser):
     """The flags that say how a model runs, the same in every program."""
     add = parser.add_argument
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
+    add("--device", default="auto", help="Compute on cpu, cuda, or auto, a GPU if there is one (default: auto).")
     kinds = ["auto", "float32", "bfloat16", "float16", "published"]
     default = "default: auto, bfloat16 on a GPU that has it, float16 on others, float32 on the CPU"
-    add("--precision", choices=kinds, default="auto", help=f"of activations; published: float16 in part ({default})")
-    add("--compile", action="store_true", help="torch.compile: the first images take minutes longer, the others less")
+    add("--precision", choices=kinds, default="auto", help=f"Of activations; published is float16 in part ({default}).")
+    add("--compile", action="store_true", help="Compile: the first images take minutes longer, the others less.")
 
 
 def prepare_model(model, args, device):

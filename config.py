@@ -21,46 +21,46 @@ class Config:
     `selections` takes place, and is all that is kept.
     """
 
-    num_classes: int = setting(80, "classes; training takes those of the data set")
-    backbone: str = setting("resnet50", "a ResNet of torchvision.models, mobilenet_v2, or one of backbone.SWINS")
-    frozen_batch_norm: bool = setting(True, "batch norm with fixed statistics; without: GroupNorm, trains from scratch")
-    hidden_dim: int = setting(256, "C, channels of tokens and queries")
-    num_heads: int = setting(8, "attention heads")
-    num_levels: Literal[4, 5] = setting(4, "maps that the encoder sees: 4: C3...C6; 5: C2...C6")
-    num_points: int = setting(4, "sampling points of deformable attention per head and level")
-    encoder_layers: int = setting(6, "layers of the encoder")
-    encoder_feedforward_dim: int = setting(2048, "inner channels of the encoder's feed-forward networks")
-    di: bool = setting(True, "De-Imbalance: token interaction and further selections, Eq. 2 and 3 (Table 4)")
-    selections: tuple[int, ...] = setting((600, 300), "tokens of each selection; of the last: queries (Table 7, 8)")
+    num_classes: int = setting(80, "Classes; training takes those of the data set.")
+    backbone: str = setting("resnet50", "A ResNet of torchvision.models, mobilenet_v2, or one of backbone.SWINS.")
+    frozen_batch_norm: bool = setting(True, "Batch norm with fixed statistics; without: GroupNorm, from scratch.")
+    hidden_dim: int = setting(256, "C, channels of tokens and queries.")
+    num_heads: int = setting(8, "Attention heads.")
+    num_levels: Literal[4, 5] = setting(4, "Maps that the encoder sees: 4: C3...C6; 5: C2...C6.")
+    num_points: int = setting(4, "Sampling points of deformable attention per head and level.")
+    encoder_layers: int = setting(6, "Layers of the encoder.")
+    encoder_feedforward_dim: int = setting(2048, "Inner channels of the encoder's feed-forward networks.")
+    di: bool = setting(True, "De-Imbalance: token interaction and further selections, Eq. 2 and 3 (Table 4).")
+    selections: tuple[int, ...] = setting((600, 300), "Tokens of each selection; of the last: queries (Table 7, 8).")
     box_init: Literal["mask", "bitmask", "head"] = setting(
-        "mask", "boxes of the first selection: around its masks; the same, a pixel wider and higher; of the box head"
+        "mask", "Boxes of the first selection: around its masks; the same, a pixel wider and higher; of the box head."
     )
-    interaction_layers: int = setting(2, "self-attention layers before each selection but the first, Eq. 2")
+    interaction_layers: int = setting(2, "Self-attention layers before each selection but the first, Eq. 2.")
     position_tokens: Literal["boxes", "random"] = setting(
-        "boxes", "boxes of the decoder's input: of the selected tokens; or learned ones, random at first (Table 3)"
+        "boxes", "Boxes of the decoder's input: of the selected tokens; or learned ones, random at first (Table 3)."
     )
-    bato: bool = setting(True, "Balance-Aware Tokens Optimization, Eq. 5 to 8 (Table 4)")
+    bato: bool = setting(True, "Balance-Aware Tokens Optimization, Eq. 5 to 8 (Table 4).")
     guidance: Literal["t_s1", "t_s2", "q_bal"] = setting(
-        "q_bal", "stage whose best tokens guide BATO, with their boxes (Table 5; its T_i is --no-di)"
+        "q_bal", "Stage whose best tokens guide BATO, with their boxes (Table 5; its T_i is --no-di)."
     )
-    gtg: bool = setting(True, "guiding token generation, Eq. 5 to 7; without: the queries themselves guide (Table 6)")
-    num_guiding: int = setting(50, "queries that guide BATO")
-    decoder_layers: int = setting(6, "layers of the decoder, the first of which is Eq. 4 (Table 9)")
-    feedforward_dim: int = setting(2048, "inner channels of the feed-forward networks behind the encoder")
-    class_prior: float | None = setting(None, "probability that the class head starts from; without: about 1/2", 1e-6)
-    denoising_queries: int = setting(100, "denoising queries in training, about so many; 0: none", 0)
-    noise_scale: float = setting(0.4, "noise of the denoising queries' boxes and labels, 0 to 1", 0)
-    loss_points: int = setting(12544, "points sampled per mask, in matching and losses")
-    train_size: int = setting(1024, "side of the training crops in pixels")
-    train_scale: tuple[float, float] = setting((0.1, 2.0), "range of the scale jitter before the crop", 1e-3)
-    test_size: tuple[int, int] = setting((800, 1333), "shorter side in evaluation, and longer side at most, in pixels")
-    grad_checkpoint: bool = setting(False, "save memory in training: compute the layers twice instead of storing them")
-    class_weight: float = setting(4.0, "weight of the class loss and of its matching cost", 0)
-    box_weight: float = setting(5.0, "weight of the L1 loss of boxes and of its matching cost", 0)
-    giou_weight: float = setting(2.0, "weight of the GIoU loss and of its matching cost", 0)
-    mask_weight: float = setting(5.0, "weight of the cross-entropy of masks and of its matching cost", 0)
-    dice_weight: float = setting(5.0, "weight of the dice loss and of its matching cost", 0)
-    box_loss_scale: float = setting(1.0, "factor on the weights of both box losses, not of the matching (Table 3)", 0)
+    gtg: bool = setting(True, "Guiding token generation, Eq. 5 to 7; without: the queries themselves guide (Table 6).")
+    num_guiding: int = setting(50, "Queries that guide BATO.")
+    decoder_layers: int = setting(6, "Layers of the decoder, the first of which is Eq. 4 (Table 9).")
+    feedforward_dim: int = setting(2048, "Inner channels of the feed-forward networks behind the encoder.")
+    class_prior: float | None = setting(None, "Probability that the class head starts from; without: about 1/2.", 1e-6)
+    denoising_queries: int = setting(100, "Denoising queries in training, about so many; 0: none.", 0)
+    noise_scale: float = setting(0.4, "Noise of the denoising queries' boxes and labels, 0 to 1.", 0)
+    loss_points: int = setting(12544, "Points sampled per mask, in matching and losses.")
+    train_size: int = setting(1024, "Side of the training crops in pixels.")
+    train_scale: tuple[float, float] = setting((0.1, 2.0), "Range of the scale jitter before the crop.", 1e-3)
+    test_size: tuple[int, int] = setting((800, 1333), "Shorter side in evaluation, and longer side at most, in pixels.")
+    grad_checkpoint: bool = setting(False, "Save memory in training: compute the layers twice instead of storing them.")
+    class_weight: float = setting(4.0, "Weight of the class loss and of its matching cost.", 0)
+    box_weight: float = setting(5.0, "Weight of the L1 loss of boxes and of its matching cost.", 0)
+    giou_weight: float = setting(2.0, "Weight of the GIoU loss and of its matching cost.", 0)
+    mask_weight: float = setting(5.0, "Weight of the cross-entropy of masks and of its matching cost.", 0)
+    dice_weight: float = setting(5.0, "Weight of the dice loss and of its matching cost.", 0)
+    box_loss_scale: float = setting(1.0, "Factor on the weights of both box losses, not of the matching (Table 3).", 0)
 
     def __post_init__(self):
         for entry in fields(self):
@@ -71,7 +71,7 @@ class Config:
         if self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
             raise InputError(f"hidden_dim {self.hidden_dim}: must be a multiple of 32 and num_heads {self.num_heads}")
         if self.noise_scale > 1 or (self.class_prior or 0) >= 1:
-            raise InputError(f"noise_scale {self.noise_scale}, class_prior {self.class_prior}: must be below 1")
+            raise InputError(f"noise_scale {self.noise_scale}: at most 1; class_prior {self.class_prior}: below 1")
         if self.train_scale[0] > self.train_scale[1]:
             raise InputError(f"train_scale {self.train_scale}: the smaller number comes first")
         if self.guidance != "q_bal" and not (self.di and self.bato and sizes[1:]):

@@ -18,7 +18,7 @@ from data import loader
 from detections import detect
 from drawing import save_classes, save_layers
 from files import explaining, write_whole
-from formats.coco import coco_results, encode_masks, match_classes
+from formats.coco import check_sizes, coco_results, encode_masks, match_classes
 from formats.images import DataError
 
 
@@ -173,23 +173,25 @@ def write_results(results, coco, path, masks_path):
 
 
 def parse_arguments():
+    """The flags as a namespace, checked."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of train.py or convert.py")
-    add("--per-layer", action="store_true", help="evaluate the decoder's input and every decoder layer")
-    add("--per-class", action="store_true", help="also box AP and mask AP of every class")
-    best = "detections of an image that count, the best ones (default: 100, as published)"
+    add("--checkpoint", required=True, metavar="FILE", help="A checkpoint of train.py or convert.py.")
+    add("--per-layer", action="store_true", help="Evaluate the decoder's input and every decoder layer.")
+    add("--per-class", action="store_true", help="Show box AP and mask AP of every class as well.")
+    best = "Count at most so many detections of an image, the best ones (default: 100, as published)."
     add("--max-detections", type=cli.positive, default=100, metavar="N", help=best)
-    numbers = "also write the numbers to this file and, with --per-layer and --per-class, bar charts beside it"
+    numbers = "Write the numbers to this file too and, with --per-layer and --per-class, bar charts beside it."
     add("--output", metavar="FILE.json", help=numbers)
-    results = "also write the detections, as COCO results: boxes and masks here, masks alone to FILE.segm.json"
+    results = "Write the detections too, as COCO results: boxes and masks here, masks alone to FILE.segm.json."
     add("--results", metavar="FILE.json", help=results)
-    add("--batch-size", type=cli.positive, default=4, help="images at a time, of one size (default: 4)")
-    add("--split", choices=["val", "test"], default="val", help="with --data coco and --data-root (default: val)")
+    add("--batch-size", type=cli.positive, default=4, help="Images at a time, of one size (default: 4).")
+    add("--split", choices=["val", "test"], default="val", help="With --data coco and --data-root (default: val).")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
     args = parser.parse_args()
-    if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or args.val_json):
+    others = args.val_json or args.val_images
+    if args.split == "test" and (args.data not in (None, "coco") or not args.data_root or others):
         raise InputError("--split test: is for --data coco with --data-root; for other files, --val-json names them")
     if (args.train_json or args.train_images) and not (args.val_json or args.val_images or args.data_root):
         raise InputError("--train-json, --train-images: eval.py takes the files of --val-json and --val-images")
@@ -238,6 +240,7 @@ def prepare(args, device):
         labels = match_classes(checkpoint["classes"], dataset.classes)
     except DataError as error:
         raise InputError(f"{args.checkpoint}: {error}") from None
+    check_sizes(dataset.coco.dataset, dataset.image_dir)
     if not dataset.coco.anns and not results:
         raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
     return output, results, model, autocast, dataset, labels

@@ -10,6 +10,7 @@ from matcher import HungarianMatcher, join, pairwise_giou, queries_of, sample_ma
 from precision import full_precision
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
+KINDS = {"class": TERMS[:1], "box": TERMS[1:3], "mask": TERMS[3:]}
 
 
 def draw_points(targets, num_points, like):

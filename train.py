@@ -27,7 +27,7 @@ from drawing import draw_rows, save_png
 from eval import find_results, percent, score
 from files import write_whole
 from formats.coco import check_sizes, match_classes
-from losses import SetCriterion
+from losses import KINDS, SetCriterion
 from model import DIMaskDINO
 
 WEIGHT_DECAY, CLIP_NORM = 0.05, 0.01
@@ -52,32 +52,36 @@ def parse_arguments(argv=None):
     """The flags as a namespace; what is left out is None where `make_schedule` chooses by preset and schedule."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="tiny", help="the model (default: tiny)")
-    add("--output", default="runs/train", metavar="DIR", help="checkpoints, log, pictures (default: runs/train)")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --output, if there is one")
-    add("--seed", type=cli.count, default=0, help="seed of weights, sampling, augmentation and losses (default: 0)")
+    add("--preset", choices=PRESETS, default="tiny", help="The model (default: tiny).")
+    add("--output", default="runs/train", metavar="DIR", help="For checkpoints, log, pictures (default: runs/train).")
+    add("--resume", action="store_true", help="Go on from the newest checkpoint in --output, if there is one.")
+    add("--seed", type=cli.count, default=0, help="Of weights, sampling, augmentation and losses (default: 0).")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
     checkpoint.add_start_arguments(parser)
-    add("--keep-empty", action="store_true", help="train on the images without instances too, as background")
-    add("--no-augmentation", dest="augment", action="store_false", help="train on images as the evaluation sees them")
+    add("--keep-empty", action="store_true", help="Train on the images without instances too, as background.")
+    add("--no-augmentation", dest="augment", action="store_false", help="Train on images as the evaluation sees them.")
 
-    add = parser.add_argument_group("schedule; the default is the published one, or that of tiny").add_argument
-    add("--schedule", choices=RECIPES, help="a published one, for any batch size (default: 12 epochs; small: 60)")
-    add("--epochs", type=cli.positive, help="passes over the training images, instead of the schedule's length")
-    add("--batch-size", type=cli.positive, help="images per forward pass, over all processes (default: 16; bdd68ep: 8)")
-    add("--accumulate", type=cli.positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
-    add("--lr", type=cli.not_negative, help="learning rate (default: 1e-4 for the schedule's images per iteration)")
-    add("--backbone-lr", type=cli.not_negative, help="of the backbone; 0 freezes it (default: a tenth of the other)")
-    add("--milestones", type=cli.positive, nargs="+", metavar="ITERATION", help="where the rates drop to a tenth")
-    add("--warmup", type=cli.count, metavar="ITERATIONS", help="rates rise from zero (default: 0; tiny 100, small 50)")
-    add("--max-iterations", type=cli.positive, help="stop after this many iterations of the schedule")
-    add("--save-every", type=cli.positive, default=1000, metavar="N", help="iterations (default: 1000)")
+    add = parser.add_argument_group("schedule; the default is the published one, or small's or tiny's").add_argument
+    length = "A published one, or a preset's, for any batch size (default: 12 epochs; small: 60)."
+    add("--schedule", choices=RECIPES, help=length)
+    add("--epochs", type=cli.positive, help="Passes over the training images, instead of the schedule's length.")
+    batch = "Images per forward pass, over all processes (default: 16; bdd68ep, small: 8)."
+    add("--batch-size", type=cli.positive, help=batch)
+    add("--accumulate", type=cli.positive, default=1, metavar="N", help="Batches per optimizer step (default: 1).")
+    rate = "The learning rate (default: for the batch size above 1e-4; small: 4e-4; tiny: 1e-3)."
+    add("--lr", type=cli.not_negative, help=rate)
+    backbone = "That of the backbone; 0 freezes it (default: a tenth of --lr; tiny: the same)."
+    add("--backbone-lr", type=cli.not_negative, help=backbone)
+    add("--milestones", type=cli.positive, nargs="+", metavar="ITERATION", help="Where the rates drop to a tenth.")
+    add("--warmup", type=cli.count, metavar="ITERATIONS", help="Rates rise from zero (default: 0; tiny 100, small 50).")
+    add("--max-iterations", type=cli.positive, help="Stop after this many iterations of the schedule.")
+    add("--save-every", type=cli.positive, default=1000, metavar="N", help="So many iterations (default: 1000).")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=cli.positive, default=1, metavar="EPOCHS", help="so often and at the end (default: 1)")
-    add("--no-eval", dest="evaluate", action="store_false", help="train without evaluation, and without its images")
-    add("--per-layer", action="store_true", help="evaluate every decoder layer, not the last alone")
+    add("--eval-every", type=cli.positive, default=1, metavar="EPOCHS", help="So often and at the end (default: 1).")
+    add("--no-eval", dest="evaluate", action="store_false", help="Train without evaluation, and without its images.")
+    add("--per-layer", action="store_true", help="Evaluate every decoder layer, not the last alone.")
     cli.add_config_arguments(parser)
     return parser.parse_args(argv)
 
@@ -111,7 +115,7 @@ def lr_factor(iteration, milestones, warmup):
     return min(1.0, (iteration + 1) / (warmup + 1)) * 0.1 ** sum(iteration >= milestone for milestone in milestones)
 
 
-def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
+def parameter_groups(model, lr, backbone_lr):
     """AdamW's groups: the backbone has its own rate, and is left out where that is 0; no weight decay for norms,
     embeddings and relative-position tables.
     """
@@ -123,7 +127,7 @@ def parameter_groups(model, lr, backbone_lr, weight_decay=WEIGHT_DECAY):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             decayed = not (isinstance(module, norms) or name == "relative_position_bias_table")
-            rate, decay = backbone_lr if in_backbone else lr, weight_decay if decayed else 0.0
+            rate, decay = backbone_lr if in_backbone else lr, WEIGHT_DECAY if decayed else 0.0
             group = {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
             groups.setdefault((rate, decay), group)["params"].append(parameter)
     return list(groups.values())
@@ -421,9 +425,8 @@ class Trainer:
         rates = {"lr": lr, "images_per_second": self.seen / span, "waiting": self.waited / span}
         if self.device.type == "cuda":
             rates["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        kinds = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}
         of_kind = lambda names: {name: mean for name, mean in means.items() if name.startswith(names)}  # noqa: E731
-        weighted = {kind: self.criterion.total(of_kind(names)) for kind, names in kinds.items()}
+        weighted = {kind: self.criterion.total(of_kind(names)) for kind, names in KINDS.items()}
         self.progress.step(loss=means["loss"], **weighted, **rates)
         if steps == LOG_EVERY or self.iteration == self.schedule.iterations:
             if self.rank == 0:

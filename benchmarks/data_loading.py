@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import platform
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,22 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+from experiments.study import commit, machine
 from formats.coco import coco_paths
 
 AUGMENTATION = 1024, (0.1, 2.0)  # the published one
 COCO_ANNOTATIONS_PER_IMAGE = 860_001 / 118_287  # of train2017
-
-
-def machine():
-    """One line: processor, versions, commit."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    processor = names[0] if names else platform.processor()
-    return f"{processor}, one core; torch {torch.__version__}; commit {commit or 'unknown'}"
-
-
-def _lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def measure_process(dataset, count):
@@ -60,8 +47,9 @@ def measure_loader(dataset, count, workers, batch_size):
     print(f"\nA DataLoader with {workers} process(es), batches of {batch_size}: {rate:.1f} images/s")
 
 
-def measure_large_image(height=4000, width=5000, instances=700):
+def measure_large_image():
     """Print the time and the peak memory of a loader process for a photograph of many polygons, all in the crop."""
+    height, width, instances = 4000, 5000, 700
     rng = np.random.default_rng(0)
     angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -139,7 +127,8 @@ def measure_check(count):
 
 def memory(kind="VmRSS"):
     """This process's memory in GB, now or, with "VmHWM", at its peak (Linux)."""
-    return next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(kind)) / 1e6
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1e6
 
 
 def main():
@@ -165,7 +154,7 @@ def main():
     torch.set_num_threads(1)  # as in the processes of a DataLoader
     torch.manual_seed(0)
     try:
-        print(machine())
+        print(f"{machine()}, one core, commit {commit()}")
         if args.large_image:
             measure_large_image()
         if args.data_root:

@@ -4,9 +4,7 @@ layers   Fig. 1 (c, d): box and mask AP of the first and the last decoder layer 
 queries  Fig. 1 (a, b), Fig. 3: boxes and masks of the same queries at these layers, two models side by side
 tokens   the tokens that De-Imbalance selects, first and second, on the image
 
-The paper's "0-th decoder layer" is layer 0 here, the queries that enter the decoder: the released code counts the
-predictions on them as number 0. As its text also calls it the first layer, layer 1, behind the decoder's first, stands
-beside it.
+The paper's "0-th decoder layer" is read as layer 0 here: docs/ablations.md.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-KINDS = {"class": ("loss_ce",), "box": ("loss_bbox", "loss_giou"), "mask": ("loss_mask", "loss_dice")}  # of loss terms
+from losses import KINDS
 
 
 def read_log(run):

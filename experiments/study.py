@@ -13,6 +13,8 @@ from statistics import mean, stdev
 import torch
 from scipy import stats
 
+from files import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,16 +52,23 @@ def run_all(runs, jobs, launcher=()):
 
 
 def earlier_runs(path, **recipe):
-    """The runs of a results.json of the same recipe, [] if there are none, and a line that says which are kept.
+    """The runs of a results.json of the same recipe, [] if there are none.
 
     They count as finished, also on a machine that lacks their folders, if they name the commit that trained them.
     recipe: entries of the file that must be equal.
     """
     content = json.loads(path.read_text()) if path.exists() else {}
     same = all(content.get(name) == value for name, value in recipe.items())
-    runs = [run for run in content["runs"] if "commit" in run] if same and content else []
-    if runs:
-        print(f"kept: {len(runs)} runs of {path.name}, of commits {', '.join(sorted({run['commit'] for run in runs}))}")
+    return [run for run in content["runs"] if "commit" in run] if same and content else []
+
+
+def write_results(path, runs, order, **recipe):
+    """Write runs to a results.json, in an order, a function of a run; returns them with those that another command has
+    written there meanwhile, which stay.
+    """
+    runs = {order(run): run for run in [*runs, *earlier_runs(path, **recipe)]}
+    runs = [runs[key] for key in sorted(runs)]
+    write_whole(path, json.dumps(recipe | {"commit": commit(), "machine": machine(), "runs": runs}, indent=1) + "\n")
     return runs
 
 
@@ -87,10 +96,10 @@ def mean_sd(values):
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def half_width(differences, level=0.95):
-    """Half the width of Student's confidence interval of the mean of two or more numbers."""
+def half_width(differences):
+    """Half the width of Student's 95 % confidence interval of the mean of two or more numbers."""
     count = len(differences)
-    return float(stats.t.ppf((1 + level) / 2, count - 1)) * stdev(differences) / count**0.5
+    return float(stats.t.ppf(0.975, count - 1)) * stdev(differences) / count**0.5
 
 
 def paired(ours, theirs):

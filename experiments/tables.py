@@ -1,15 +1,6 @@
 """The tables of the paper as commands of train.py, beside the published numbers: python -m experiments.tables table5.
 
-How rows are read that the paper does not spell out, as the authors' code has no switches for its ablations:
-
-Table 5, guidance of BATO. The paper's T_i "represents the situation when the DI module is disabled": it is Table 4's
-BATO alone and Table 7's single selection, with the same published numbers. A pipeline cut behind the first selection
-would be that very run, so that T_s1 and T_s2 cannot mean a cut: in these rows DI is whole, the decoder begins with T_s2
-and T_i as always, and only the tokens that guide BATO (Eq. 5-8), with their boxes, are those of an earlier stage.
-Table 3, random position tokens: learned boxes, random at first, as the reference of the decoder's first layer, from
-which its position embedding, its sampling points and its refined boxes follow; denoising queries keep their boxes.
-Fig. 1, "0-th decoder layer": the predictions on the queries that enter the decoder, layer 0 of eval.py --per-layer, as
-the released code counts them; layer 1 is behind the decoder's first layer.
+docs/ablations.md says how rows are read that the paper does not spell out.
 """
 
 import argparse

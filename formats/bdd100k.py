@@ -58,7 +58,8 @@ def read_bdd100k(bitmask_dir, image_dir):
 def _files(folder, suffix):
     """{name without suffix: path} of the files in a folder that have the suffix, in capitals too."""
     try:
-        return {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() == suffix}
+        return {path.stem: path for path in sorted(Path(folder).iterdir())
+                if path.suffix.lower() == suffix and not path.name.startswith("._")}  # fmt: skip  # of macOS
     except OSError as error:
         raise DataError(f"{folder}: not a readable folder ({error.strerror}); check the path") from None
 

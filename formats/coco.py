@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from difflib import get_close_matches
 from functools import cache, partial
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -39,7 +39,9 @@ def coco_paths(root, split):
         return roboflow, roboflow.parent
     if not coco:
         expected = f"{' nor '.join(names)} (COCO's layout) nor {roboflow.relative_to(root)} (Roboflow's)"
-        raise DataError(f"{root}: has neither {expected}; check the data root")
+        flag = "--train" if split == "train" else "--val"
+        advice = f"check the data root, or name other files with {flag}-json and {flag}-images"
+        raise DataError(f"{root}: has neither {expected}; {advice}")
     folders = root / f"{split}2017", root / "images" / f"{split}2017"
     for folder in filter(Path.is_dir, folders):
         return coco[0], folder
@@ -130,8 +132,8 @@ def _load(annotation_file, need_annotations):
         raise DataError(f"holds {kind}, {expected}")
     if not isinstance(dataset, dict):
         raise DataError(f"is not in COCO format ({short(dataset)}, expected an object); give a COCO annotation file")
-    if not need_annotations:
-        dataset.setdefault("annotations", [])
+    if not need_annotations and dataset.get("annotations") is None:
+        dataset["annotations"] = []
     for key in ("images", "categories", "annotations"):
         entries = dataset.get(key)
         if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
@@ -149,6 +151,8 @@ def _normalise(dataset, image_dir, need_annotations):
         if type(name := category.get("name")) not in (str, int, float):
             raise DataError(f"category {short(category.get('id'))} has name {short(name)}, expected a text")
         category["name"] = unicodedata.normalize("NFC", str(name))
+    for image in dataset["images"]:
+        image |= {field: n for field in ("height", "width") if (n := _integer(image.get(field))) is not None}
     image_ids = _unique_ids(dataset, "images", ("file_name", "coco_url", "height", "width"), notes)
     category_ids = _unique_ids(dataset, "categories", ("name",), notes)
     _find_files(dataset["images"], image_dir, notes)
@@ -160,11 +164,13 @@ def _normalise(dataset, image_dir, need_annotations):
     for index, annotation in enumerate(dataset["annotations"]):
         found = list(_check_fields(annotation, references))  # first, as it finds the image
         found += check_segmentation(annotation, *sizes[annotation["image_id"]])
-        kind, why = min(found, key=itemgetter(0), default=(None, None))
-        if found:
-            name = short(annotation["id"]) if "id" in annotation else f"without id, entry {index} of 'annotations'"
-            faults.setdefault(kind, []).append(f"annotation {name}: {why}")
-        if kind not in (STRANGE, LEFT_OUT):
+        first = dict(reversed(found))  # of each kind
+        worst = min(first, default=MISFIT)
+        for kind, why in first.items():
+            if kind == worst or worst == TRIMMED:  # which may be MISFIT as well
+                name = short(annotation["id"]) if "id" in annotation else f"without id, entry {index} of 'annotations'"
+                faults.setdefault(kind, []).append(f"annotation {name}: {why}")
+        if worst not in (STRANGE, LEFT_OUT):
             kept.append(annotation)
     if refused := faults.pop(REFUSED, None):
         raise DataError(f"{refused[0]}{_more(refused, 'annotations with faults')}; correct or remove it")
@@ -173,6 +179,8 @@ def _normalise(dataset, image_dir, need_annotations):
         raise DataError(f"no annotation is left: {notes[-1]}; give a file with masks")
     if kept and all(max(annotation["bbox"]) <= 1 for annotation in kept):
         raise DataError(f"no box goes beyond 1, the first is {kept[0]['bbox']}, expected pixels")
+    if kept and all(annotation["iscrowd"] for annotation in kept):
+        notes.append("all annotations are crowds (iscrowd or ignore), which do not count: there will be no AP")
     dataset["annotations"] = kept
     _unique_names(dataset, notes)
     for number, annotation in enumerate(kept, start=1):
@@ -187,7 +195,7 @@ def _more(faults, what):
 
 
 def _list(values):
-    return ", ".join(map(repr, list(values)[:10])) + (", ..." if len(values) > 10 else "")
+    return ", ".join(map(repr, islice(values, 10))) + (", ..." if len(values) > 10 else "")
 
 
 # --- ids, names, sizes, flags
@@ -197,7 +205,7 @@ def _integer(value):
     """The integer that a JSON value means, 1 for 1, 1.0 and "1"; None where it means none."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,99})(\.0*)?\s*", value)):
         return int(match[1])
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # beyond, it may have been another
         return int(value)
     return value if type(value) is int else None
 
@@ -256,9 +264,9 @@ def _unique_names(dataset, notes):
 
 
 def _pixels(image, field):
-    """Height or width as an integer; None where it is missing or -1."""
+    """Height or width as an integer; None where it is missing, -1 or 0."""
     value = image.get(field)
-    if value is None or (number := _integer(value)) == -1:
+    if value is None or (number := _integer(value)) in (-1, 0):
         return None
     if number is None or not 0 < number < 2**31:
         raise DataError(f"image {short(image['file_id'])} has {field} {short(value)}, expected a positive integer")
@@ -290,7 +298,8 @@ def _check_fields(annotation, references):
 
 # --- image files
 
-SEPARATOR = re.compile(r"[/\\]|%2f|%5c", re.IGNORECASE)
+SEPARATOR = re.compile(r"[/\\]|%2f|%5c|\?d=", re.IGNORECASE)  # ?d=: of Label Studio's local files
+QUERY = re.compile(r"[?#].*", re.DOTALL)  # of a URL
 
 
 def _find_files(images, image_dir, notes):
@@ -304,9 +313,10 @@ def _find_files(images, image_dir, notes):
     for image in images:
         given = image.get("file_name") or image.get("coco_url")
         if not isinstance(given, str):
-            why = f"has file_name {short(given)}, expected the name of an image file"
+            why = f"has file_name {short(image.get('file_name'))}, expected the name of an image file"
             raise DataError(f"image {short(image['file_id'])} {why}")
         name = given if given in present else _find_file(given, image_dir, alike)
+        name = name or _find_file(QUERY.sub("", given), image_dir, alike)
         if name is None:
             missing.append(given)
             continue

@@ -131,8 +131,10 @@ def _rgb(path, image):
     if top:  # PIL's own conversion would clip them
         pixels = np.asarray(image, dtype=np.float32)
         low, high = pixels.min(), pixels.max()
-        if not (low >= 0 and high <= top):  # NaN too
+        if 0 < high < top / 15 and top > 1:
+            _warn_once("its 16-bit values, maybe those of others too, make it nearly black; scale them", UserWarning)
+        if not (low >= -1e-5 * top and high <= (1 + 1e-5) * top):  # NaN too; a little beyond is rounding
             raise DataError(f"{path}: the values reach from {low:g} to {high:g}, expected 0...{top}; scale the image")
-        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+        image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
     image.info.pop("transparency", None)  # PIL would warn that a palette's is lost
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -63,7 +63,8 @@ def _check_box(annotation, bounds, visible):
     elif not (width > 0 and height > 0 and math.isfinite(sum(box))):
         yield LEFT_OUT, f"box {short(given)} (x, y, width, height) has no area"
     elif not (_fit(box, bounds) or _fit(box, visible)):
-        yield MISFIT, f"box {short(given)}, but the mask has {_corners(bounds)}"
+        fractions = ", expected pixels, not fractions of the image" * (max(bounds) <= 1)
+        yield REFUSED if fractions else MISFIT, f"box {short(given)}, but the mask has {_corners(bounds)}{fractions}"
 
 
 def _is_flat(polygon):
@@ -96,10 +97,12 @@ def _fit(box, bounds):
 
 def _shape(segmentation, height, width):
     """Polygons as arrays or compressed RLE of a segmentation in any form; Fault for what is neither."""
-    if isinstance(segmentation, dict):
+    if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
+        segmentation = segmentation[0]
+    if segmentation and isinstance(segmentation, dict):
         return _rle(segmentation, height, width)
     try:
-        polygons = [] if segmentation is None else _polygons(segmentation)
+        polygons = _polygons(segmentation) if segmentation else []
     except (TypeError, OverflowError):
         why = f"segmentation {short(segmentation)}, expected RLE or polygons, lists of x, y, x, y, ..."
         raise Fault(REFUSED, why) from None
@@ -112,12 +115,17 @@ def _shape(segmentation, height, width):
 
 
 def _polygons(segmentation):
-    """Polygons of a list of polygons, of one polygon, or of lists of [x, y] points; TypeError for what is neither."""
+    """Polygons of a list of polygons, of one polygon, of lists of [x, y] points or of OpenCV's [[x, y]]; TypeError for
+    what is none of these.
+    """
     if not isinstance(segmentation, list):
         raise TypeError
     kinds = set(map(type, segmentation))
-    if kinds == {list} and set(map(len, segmentation)) == {2}:
-        return [DOUBLES(chain(*segmentation))]
+    if kinds == {list}:
+        if all(len(inner) == 1 and isinstance(inner[0], list) for inner in segmentation):
+            return _polygons([inner[0] for inner in segmentation])
+        if all(len(inner) == 2 and not isinstance(inner[0], list) for inner in segmentation):
+            return [DOUBLES(chain(*segmentation))]
     if list in kinds:
         return [polygon for inner in segmentation for polygon in _polygons(inner)]
     return [DOUBLES(segmentation)] if segmentation else []
@@ -127,15 +135,15 @@ def _rle(segmentation, height, width):
     """The compressed form of checked RLE."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
-        raise Fault(REFUSED, f"RLE of size {short(size)}, but its image is {[height, width]} (height, width)")
+        raise Fault(REFUSED, f"RLE of size {short(size)}, but its image entry says {[height, width]} (height, width)")
     try:
         runs = np.array(counts) if isinstance(counts, list) else _runs(counts)
-        if runs.dtype.kind not in "if" or (runs % 1).any():
+        if runs.ndim != 1 or runs.dtype.kind not in "if" or not np.isfinite(runs).all() or (runs % 1).any():
             raise ValueError("not integers")
     except (TypeError, ValueError, OverflowError):
         why = f"RLE with malformed counts {short(counts)}, expected run lengths or their string"
         raise Fault(REFUSED, why) from None
-    if (runs < 0).any() or runs.sum() != height * width:
+    if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:  # a sum of more could overflow
         raise Fault(REFUSED, f"RLE whose counts do not add up to the {height * width} pixels of its image")
     if not runs[1::2].any():
         raise Fault(LEFT_OUT, "RLE without a pixel")

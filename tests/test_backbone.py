@@ -153,7 +153,7 @@ def test_stochastic_depth_grows_with_the_blocks(name, depth):
 def test_position_tables_and_norms_have_no_weight_decay():
     with torch.device("meta"):
         model = build_model("tiny", backbone="swin_t")
-    groups = parameter_groups(model, 1e-4, 1e-5, 0.05)
+    groups = parameter_groups(model, 1e-4, 1e-5)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay.keys() == {id(p) for p in model.parameters()}
     for name, p in model.backbone.named_parameters():

@@ -113,6 +113,7 @@ def test_bdd100k_by_flags_in_loader_processes(tmp_path):
     add_data_arguments(parser)
     for split in ("train", "val"):
         write_bdd100k(tmp_path, some_bitmasks(), split)
+    (tmp_path / "images" / "10k" / "val" / "._a.jpg").write_text("what macOS leaves beside a copy")
     args = parser.parse_args(["--data", "bdd100k", "--data-root", str(tmp_path)])
     train, val = open_split(args, "train", augmentation=(64, (0.5, 1.0))), open_split(args, "val")
     assert len(train) == 1 and len(val) == 3 and train.classes == val.classes

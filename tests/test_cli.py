@@ -376,8 +376,9 @@ def test_one_split_alone(good, monkeypatch):
     only.evaluate = True  # as of train.py
     with pytest.raises(DataError, match="--val-json and --val-images are missing.*--no-eval"):
         cli.open_split(only, "val")
-    with pytest.raises(DataError, match="--train-json and --train-images are missing"):
-        cli.open_split(data_flags(*files_of(good, "val")), "train")
+    for more in ([], ["--data", "shapes"], ["--data", "coco"]):
+        with pytest.raises(DataError, match="--train-json and --train-images are missing"):
+            cli.open_split(data_flags(*files_of(good, "val"), *more), "train")
     both = data_flags(*files_of(good, "train", "val"))
     assert len(cli.open_split(both, "train")) == 4 and len(cli.open_split(both, "val")) == 2
     mixed = data_flags("--data-root", good / "coco", *files_of(good, "val"))

@@ -61,6 +61,9 @@ FORMS = {
     "points": POINTS,
     "polygons of points": [POINTS],
     "polygons of polygons": [SQUARE],
+    "a contour of OpenCV": [[point] for point in POINTS],
+    "contours of OpenCV": [[[point] for point in POINTS]],
+    "RLE in a list": [compressed_rle(square_mask())],
     "an empty list beside it": [[], SQUARE[0]],
     "runs": uncompressed_rle(square_mask()),
     "runs as floats": {"size": [30.0, 40.0], "counts": [float(n) for n in uncompressed_rle(square_mask())["counts"]]},
@@ -147,7 +150,7 @@ def test_iscrowd_and_ignore_in_every_form(tmp_path):
     assert [a["iscrowd"] for a in found] == [expected for *_, expected in FLAGS]
 
 
-@pytest.mark.parametrize("height, width", [(30.0, "40"), (None, None), (-1, -1), (None, 40), (30, -1)])
+@pytest.mark.parametrize("height, width", [(30.0, "40"), (None, None), (-1, -1), (None, 40), (30, -1), (0, "0")])
 def test_sizes_in_every_form_and_from_the_file(tmp_path, height, width):
     content = dataset([annotation(1)])
     content["images"][0] |= {"height": height, "width": width}
@@ -165,6 +168,7 @@ def test_a_height_without_a_width_must_fit_the_file(tmp_path):
 
 
 NAMES = {"1.png": "1.png", "images\\1.png": "1.png", "C:\\data\\images\\1.png": "1.png", "/home/me/1.png": "1.png",
+         "1.png?signed=ab#c": "1.png", "/data/local-files/?d=1.png": "1.png",
          "sub/3.png": "sub/3.png", "sub\\3.png": "sub/3.png", "train/sub/3.png": "sub/3.png"}  # fmt: skip
 
 
@@ -284,8 +288,8 @@ def test_encodings_of_json(tmp_path):
 
 def test_a_file_without_annotations_on_request(tmp_path):
     arguments = write(tmp_path, "")
-    for missing in ([], ["annotations"]):
-        arguments[0].write_text(json.dumps({k: v for k, v in dataset([]).items() if k not in missing}))
+    for content in (dataset([]), dataset(None), {k: v for k, v in dataset([]).items() if k != "annotations"}):
+        arguments[0].write_text(json.dumps(content))
         found = read(arguments, need_annotations=False)
         assert len(found["images"]) == 2 and found["annotations"] == []
         with pytest.raises(DataError, match="annotations"):
@@ -304,6 +308,8 @@ EMPTY = {
     "no polygon": ({"segmentation": []}, "no segmentation"),
     "an empty polygon": ({"segmentation": [[]]}, "no segmentation"),
     "null": ({"segmentation": None}, "no segmentation"),
+    "an empty object": ({"segmentation": {}}, "no segmentation"),
+    "a contour of OpenCV of two points": ({"segmentation": [[[[1, 2]], [[3, 4]]]]}, "has no area"),
     "RLE without a pixel": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [1200]}}, "RLE without a pixel"),
     "beside the image": ({"segmentation": [[50, 5, 60, 5, 60, 9]]}, "outside its 40x30 image (x0, y0, x1, y1 = 50, 5"),
     "box without width": ({"bbox": [10, 5, 0, 10]}, "box [10, 5, 0, 10] (x, y, width, height) has no area"),
@@ -342,7 +348,7 @@ def test_a_polygon_without_area_among_others_of_its_instance(tmp_path):
 
 def test_equal_entries_are_taken_once(tmp_path):
     content = dataset([annotation(1)])
-    content["images"].append(content["images"][0] | {"id": "1", "height": 30.0, "license": 3})
+    content["images"].append(content["images"][0] | {"id": "1", "height": 30.0, "width": "40", "license": 3})
     arguments = write(tmp_path, content)
     assert [i["id"] for i in read(arguments, "1 of the images come twice and are taken once")["images"]] == [1, 2]
     content["images"].pop()
@@ -365,6 +371,18 @@ def test_an_unused_category_of_its_own_name_stays(tmp_path):
     content = dataset([annotation(1)])
     content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
     assert [c["id"] for c in read(write(tmp_path, content))["categories"]] == [0, 90, 7]
+
+
+def test_a_box_that_does_not_fit_is_noticed_beside_a_polygon_without_area(tmp_path):
+    both = annotation(12, [[1, 2, 3, 4], *SQUARE], bbox=[10, 5, 20, 15])
+    with pytest.warns(UserWarning) as caught:
+        read_annotations(*write(tmp_path, dataset([annotation(11), both])))
+    assert len(caught) == 2 and "1 annotation(s) with polygons" in str(caught[0].message)
+    assert "1 box(es) that do not fit" in str(caught[1].message)
+
+
+def test_crowds_alone_are_noticed(tmp_path):
+    read(write(tmp_path, dataset([annotation(1, iscrowd=1)])), "all annotations are crowds (iscrowd or ignore), which")
 
 
 def test_boxes_of_corners_are_noticed(tmp_path):
@@ -480,6 +498,12 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "counts negative": (changed(segmentation=RLE | {"counts": [-5, 1205]}), "annotation 12: RLE whose counts do not"),
     "counts of text": (changed(segmentation=RLE | {"counts": ["1"]}), r"12: RLE with malformed counts \['1'\], exp"),
     "counts fractional": (changed(segmentation=RLE | {"counts": [0.5, 1199.5]}), r"RLE with malformed counts \[0.5, 1"),
+    "counts in a column": (changed(segmentation=RLE | {"counts": [[100], [20], [1080]]}), "RLE with malformed counts"),
+    "counts in a row": (changed(segmentation=RLE | {"counts": [[100, 20, 1080]]}), "RLE with malformed counts"),
+    "counts infinite": (changed(segmentation=RLE | {"counts": [INFINITY, 3]}), "RLE with malformed counts"),
+    "counts with a huge sum": (changed(segmentation=RLE | {"counts": [2**62] * 4 + [1200]}), "12: RLE whose counts do"),
+    "polygons of fractions": (polygons([0.2, 0.1, 0.5, 0.1, 0.5, 0.6]), "expected pixels, not fractions of the image"),
+    "image id of no exact float": (changed(image_id=2.0**53), "annotation 12: image id 9.*, expected an integer"),
     "counts nested": (changed(segmentation=RLE | {"counts": [[1], [2, 3]]}), "RLE with malformed counts"),
     "box of three": (changed(bbox=[10, 5, 3]), r"annotation 12: box \[10, 5, 3\] .*is not a list of four numbers"),
     "box of text": (changed(bbox=list("abcd")), "annotation 12: box .*'a'.*is not a list of four numbers"),
@@ -488,12 +512,12 @@ DAMAGE = {  # what is done to a good file -> what the error must say
     "iscrowd 2": (changed(iscrowd=2), "annotation 12: iscrowd 2, ignore None, expected 0 or 1"),
     "ignore of text": (changed(ignore="maybe"), "annotation 12: iscrowd 0, ignore 'maybe', expected 0 or 1"),
     "iscrowd a list": (changed(iscrowd=[]), r"annotation 12: iscrowd \[\], ignore None, expected 0 or 1"),
+    "empty file name": (edited("images", file_name=""), "image 2 has file_name '', expected the name of an image"),
     "no file name": (edited("images", file_name=None), "image 2 has file_name None, expected the name of an image"),
     "file name a number": (edited("images", file_name=7), "image 2 has file_name 7, expected the name of an image"),
     "no image id": (edited("images", id=None), "entry 1 of 'images' has id None, expected an integer or a text"),
     "no category id": (edited("categories", id=None), "entry 1 of 'categories' has id None, expected an integer"),
     "no category name": (edited("categories", name=None), "category 7 has name None, expected a text"),
-    "image height 0": (edited("images", height=0), "image 2 has height 0, expected a positive integer"),
     "image width negative": (edited("images", width=-40), "image 2 has width -40, expected a positive integer"),
     "image width fractional": (edited("images", width=39.5), "image 2 has width 39.5, expected a positive integer"),
     "image width in words": (edited("images", width="forty"), "image 2 has width 'forty', expected a positive integer"),

@@ -30,7 +30,7 @@ def parse(*flags, preset="tiny"):
         ({"num_classes": 0}, "num_classes 0: must be 1 or more"),
         ({"noise_scale": 1.5}, "noise_scale 1.5"),
         ({"noise_scale": -0.1}, "noise_scale -0.1: must be 0 or more"),
-        ({"class_prior": 1.0}, "class_prior 1.0: must be below 1"),
+        ({"class_prior": 1.0}, "class_prior 1.0: below 1"),
         ({"class_prior": 0.0}, "class_prior 0.0: must be 1e-06 or more"),
         ({"train_scale": (2.0, 0.1)}, "train_scale .* the smaller number comes first"),
         ({"train_scale": (0.0, 1.0)}, "train_scale .* must be 0.001 or more"),

@@ -22,6 +22,7 @@ import eval as evaluation
 from config import InputError
 from data import CocoInstances
 from formats.coco import coco_results, encode_masks
+from formats.images import DataError
 from shapes import make_shapes
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCO's order
@@ -545,6 +546,15 @@ def test_annotation_ids_mean_nothing(squares, run, ids):
     (squares / "other.json").write_text(json.dumps(content))
     run("--output", squares / "b.json", "--per-class", "--val-json", squares / "other.json")
     assert (squares / "a.json").read_text() == (squares / "b.json").read_text()
+
+
+def test_a_size_that_differs_is_said_before_the_first_image(squares, run, monkeypatch):
+    content = json.loads((squares / "val.json").read_text())
+    content["images"][-1]["width"] = 65
+    (squares / "other.json").write_text(json.dumps(content))
+    monkeypatch.setattr(evaluation, "find_results", None)
+    with pytest.raises(DataError, match=r"4\.png: the image is 64x64, its annotation file says 65x64"):
+        run("--results", squares / "r.json", "--val-json", squares / "other.json")
 
 
 def test_file_without_annotations(squares, run):

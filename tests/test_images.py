@@ -54,6 +54,22 @@ def test_exif_orientation_is_applied_unless_the_annotations_are_of_the_stored_pi
     assert torch.equal(upright, stored.rot90(-1, dims=(1, 2)))
 
 
+def test_images_of_16_bits_that_hold_fewer_are_noticed_once(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(gradient(np.uint16, 4095)).save(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"a\.png: its 16-bit values, .* nearly black") as caught:
+        assert [read_image(tmp_path / name).max() for name in ("a.png", "b.png")] == [16, 16]
+    assert len(caught) == 1
+
+
+def test_floats_that_rounding_takes_beyond_1(tmp_path):
+    for top, name in ((1.000001, "a.tif"), (1.1, "b.tif")):
+        Image.fromarray(gradient(np.float32, top)).save(tmp_path / name)
+    assert read_image(tmp_path / "a.tif").max() == 255
+    with pytest.raises(DataError, match=r"b\.tif: the values reach from 0 to 1\.1, expected 0\.\.\.1; scale the image"):
+        read_image(tmp_path / "b.tif")
+
+
 def test_a_warning_of_an_image_names_its_file_once(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     exif = Image.Exif()

@@ -24,8 +24,9 @@ def quick(monkeypatch):
     monkeypatch.setattr("checkpoint.os.fsync", lambda file: None)
     build = mask_rcnn.build_mask_rcnn
 
-    def build_small(classes, backbone=NARROW, anchor=8, samples=4, max_detections=9):
-        model = build(classes, backbone, anchor, samples, max_detections)
+    def build_small(classes, backbone=NARROW, samples=4):
+        model = build(classes, backbone, samples)
+        model.roi_heads.detections_per_img = 9
         model.roi_heads.box_head = TwoMLPHead(256 * 7 * 7, 32)
         model.roi_heads.box_predictor = FastRCNNPredictor(32, classes + 1)
         return model
@@ -155,8 +156,12 @@ def test_study(few, tmp_path, in_process, monkeypatch, capsys):
     real_images.main()
     assert json.loads(results.read_text())["runs"] == more["runs"]
     monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--flags", "--lr 1"])
-    with pytest.raises(ValueError, match="settings.json: its runs have other settings"):
+    with pytest.raises(ValueError, match="settings.json: its runs have other settings; choose another --output"):
         real_images.main()
+    monkeypatch.setattr(sys, "argv", ["real_images", *flags, "--flags", "--lr 1", "--output", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match=f"{results.name}: its runs have other settings; choose another --results"):
+        real_images.main()
+    assert json.loads(results.read_text())["runs"] == more["runs"]
 
 
 def test_mask_rcnn_goes_on_where_it_was_stopped(few, tmp_path, monkeypatch):

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from config import PRESETS
 from drawing import draw_layers
-from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
+from experiments.study import ROOT, earlier_runs, mean_sd, paired, run_all, write_results
 from experiments.tables import ROWS, settings
 from shapes import make_shapes
 
@@ -171,8 +170,9 @@ def main():
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs: 1 or more")
-    output, results = ROOT / args.output, Path(args.results)
-    runs = [run for run in earlier_runs(results / "results.json", recipe=shlex.join(RECIPE)) if run["row"] in FLAGS]
+    output, results, recipe = ROOT / args.output, Path(args.results), shlex.join(RECIPE)
+    runs = [run for run in earlier_runs(results / "results.json", recipe=recipe) if run["row"] in FLAGS]
+    print(f"kept: {len(runs)} runs of results.json")
     known = {(run["row"], run["seed"]) for run in runs}
     # Seed by seed, so that what is there early compares all rows.
     work = [(name, seed) for seed in range(args.seeds) for name in FLAGS if (name, seed) not in known]
@@ -181,11 +181,9 @@ def main():
         run_all([(run_folder(output, *one), "eval.json", command(output, *one)) for one in work], args.jobs,
                 shlex.split(args.launcher))  # fmt: skip
 
-    runs += [run for run in collect(output, args.seeds) if (run["row"], run["seed"]) not in known]
-    runs.sort(key=lambda run: (run["seed"], list(FLAGS).index(run["row"])))
-    config = {name: getattr(PRESETS["tiny"], name) for name in ("decoder_layers", "selections", "train_size")}
-    content = {"recipe": shlex.join(RECIPE), "commit": commit(), "machine": machine(), "config": config, "runs": runs}
-    (results / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    runs += collect(output, args.seeds)
+    order = lambda run: (run["seed"], list(FLAGS).index(run["row"]))  # noqa: E731
+    runs = write_results(results / "results.json", runs, order, recipe=recipe)
     print(markdown(runs))
     try:
         plot(runs, results / "plot.png")

@@ -20,7 +20,7 @@ from data import CocoInstances
 from drawing import draw_rows
 from experiments.real_images import mask_rcnn
 from experiments.real_images.scoring import open_run
-from experiments.study import ROOT, commit, earlier_runs, machine, mean_sd, paired, run_all
+from experiments.study import ROOT, earlier_runs, mean_sd, paired, run_all, write_results
 from formats.coco import coco_paths, read_annotations
 
 FOLDER = Path(__file__).resolve().parent
@@ -199,8 +199,9 @@ def plot(runs, path):
     figure.savefig(path, dpi=130)
 
 
-def pictures(args, folders, path, count=5, threshold=0.3):
-    """JPEG of held-out images side by side: in the first row the ground truth, below what the systems' runs detect.
+def pictures(args, folders, path):
+    """JPEG of five held-out images side by side: in the first row the ground truth, below what the systems' runs detect
+    with a score of 0.3 or more.
 
     folders: {system: folder of its run}. The images are spread over those whose names --pictures fits; prints them.
     """
@@ -209,7 +210,7 @@ def pictures(args, folders, path, count=5, threshold=0.3):
     dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, (512, 1024))  # as drawn
     names = [dataset.coco.imgs[image_id]["file_name"] for image_id in dataset.image_ids]
     fitting = [i for i, name in enumerate(names) if re.fullmatch(args.pictures, name)]
-    chosen = fitting[:: max(1, len(fitting) // count)][:count]
+    chosen = fitting[:: max(1, len(fitting) // 5)][:5]
     if not chosen:
         print(f"{path.name}: not drawn, as no held-out image has a name like {args.pictures}", file=sys.stderr)
         return
@@ -217,7 +218,7 @@ def pictures(args, folders, path, count=5, threshold=0.3):
     for index in chosen:
         image, truth = dataset.ground_truth(index)
         found = [detector([seen[index][0]], [image.shape[1:]])[-1][0] for detector in detectors]
-        shown = [{key: value[one["scores"] >= threshold] for key, value in one.items()} for one in found]
+        shown = [{key: value[one["scores"] >= 0.3] for key, value in one.items()} for one in found]
         columns.append([(image, instances, dataset.classes) for instances in (truth, *shown)])
     Image.fromarray(draw_rows(columns).permute(1, 2, 0).numpy()).reduce(2).save(path, quality=85)
     rows = ", ".join(["ground truth", *(SYSTEMS[system] for system in folders)])
@@ -269,7 +270,7 @@ def parse_arguments(argv=None):
 
 
 def open_output(args):
-    """The folder of the runs, the name of the results' files, and the settings, which the folder's must equal."""
+    """The folder of the runs, the file of the results, and the settings, which must be those of both."""
     args.data_root = Path(args.data_root).resolve()
     if Path(args.backbone_weights).exists():
         args.backbone_weights = Path(args.backbone_weights).resolve()  # the runs are in another folder
@@ -278,21 +279,22 @@ def open_output(args):
     output.mkdir(parents=True, exist_ok=True)
     settings = {"data": args.data_root.name, "backbone_weights": Path(args.backbone_weights).name}
     settings |= {key: getattr(args, key) for key in ("minutes", "flags", "mask_rcnn_flags", "choose")}
-    path = output / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise InputError(f"{path}: its runs have other settings; choose another --output, or give the same flags")
-    path.write_text(json.dumps(settings) + "\n")
-    return output, name, settings
+    file = Path(args.results) / f"{name}.json"
+    for path, option in ((output / "settings.json", "--output"), (file, "--results")):
+        if path.exists() and json.loads(path.read_text())["settings"] != settings:
+            raise InputError(f"{path}: its runs have other settings; choose another {option}, or give the same flags")
+    (output / "settings.json").write_text(json.dumps({"settings": settings}) + "\n")
+    return output, file, settings
 
 
 def main():
     args = parse_arguments()
-    output, name, settings = open_output(args)
+    output, file, settings = open_output(args)
     if args.choose:
         args.data_root = split_training_images(args, output)
     train_set = CocoInstances(*coco_paths(args.data_root, "train"), training=True)
-    results = Path(args.results)
-    runs = earlier_runs(results / f"{name}.json", settings=settings)
+    runs = earlier_runs(file)
+    print(f"kept: {len(runs)} runs of {file.name}")
     known = {(run["system"], run["seed"]) for run in runs}
     epochs = measure_epochs(args, output, len(train_set), runs)
     work = [
@@ -304,20 +306,16 @@ def main():
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
-    runs = collect(args, output, epochs)
-    runs += earlier_runs(results / f"{name}.json", settings=settings)  # again: another command may have written to it
-    runs = {(run["seed"], list(SYSTEMS).index(run["system"])): run for run in runs}  # those of the file stay
-    runs = [runs[key] for key in sorted(runs)]
-    content = {"settings": settings, "commit": commit(), "machine": machine(), "runs": runs}
-    (results / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    order = lambda run: (run["seed"], list(SYSTEMS).index(run["system"]))  # noqa: E731
+    runs = write_results(file, collect(args, output, epochs), order, settings=settings)
     print(markdown(runs))
-    folders = {s: output / f"{s}-0" for s in args.systems if (output / f"{s}-0" / "checkpoint.pt").exists()}
+    folders = {s: output / f"{s}-0" for s in SYSTEMS if (output / f"{s}-0" / "checkpoint.pt").exists()}
     if folders:
-        pictures(args, folders, results / f"{name}.jpg")
+        pictures(args, folders, file.with_suffix(".jpg"))
     try:
-        plot(runs, results / f"{name}.png")
+        plot(runs, file.with_suffix(".png"))
     except ImportError:
-        print(f"{name}.png: not drawn, as matplotlib is not installed", file=sys.stderr)
+        print(f"{file.stem}.png: not drawn, as matplotlib is not installed", file=sys.stderr)
 
 
 if __name__ == "__main__":

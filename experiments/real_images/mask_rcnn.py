@@ -17,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from backbone import build_backbone
 from checkpoint import read_checkpoint, read_log, save_checkpoint
-from cli import count, positive, run_program
+from cli import positive, run_program
 from config import InputError
 from data import CocoInstances, seed_of, train_batches
 from eval import average_precision
@@ -44,17 +44,15 @@ class Pyramid(torch.nn.Module):
         return self.fpn(dict(zip("0123", self.body(images), strict=True)))
 
 
-def build_mask_rcnn(num_classes, backbone="mobilenet_v2", anchor=16, samples=64, max_detections=100):
+def build_mask_rcnn(num_classes, backbone="mobilenet_v2", samples=64):
     """Mask R-CNN with a randomly initialised backbone; labels begin with 1.
 
-    anchor: side of the smallest anchor in pixels; each level's is twice that of the one before, five levels
     samples: boxes per image on which the heads learn, a quarter of them positive; torchvision's 512 is for GPUs
-    max_detections: per image
     """
-    anchors = AnchorGenerator(tuple((anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(
         Pyramid(backbone), num_classes + 1, rpn_anchor_generator=anchors, box_batch_size_per_image=samples,
-        box_detections_per_img=max_detections, _skip_resize=True,
+        _skip_resize=True,
     )  # fmt: skip
 
 
@@ -100,7 +98,7 @@ def detect(model, images, output_sizes):
 
 
 def evaluate(model, dataset):
-    """Box and mask AP as eval.py's `evaluate` returns them."""
+    """Box and mask AP as eval.py's `score` returns them."""
     results = []
     for image, target in dataset:
         [detections] = detect(model, [image], [target["original_size"]])
@@ -139,11 +137,8 @@ def parse_arguments(argv=None):
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="(default: adamw, as for the other systems)")
     add("--lr", type=float, default=4e-4, help="learning rate (default: 4e-4)")
     add("--backbone-factor", type=float, default=0.1, help="factor on the rate for the backbone (default: 0.1)")
-    add("--warmup", type=count, metavar="ITERATIONS", help="rates rise from zero (default: as for small)")
-    add("--milestones", type=positive, nargs="+", metavar="ITERATION", help="of the drops (default: as for small)")
     add("--backbone", default="mobilenet_v2", help="as for train.py (default: mobilenet_v2)")
     add("--backbone-weights", metavar="NAME-OR-FILE", help="pretrained, as for train.py (default: none)")
-    add("--anchor", type=positive, default=16, help="side of the smallest anchors in pixels (default: 16)")
     add("--samples", type=positive, default=64, help="boxes per image on which the heads learn (default: 64)")
     add("--train-size", type=positive, required=True, help="side of the training crops in pixels")
     add("--train-scale", type=float, nargs=2, required=True, metavar=("MIN", "MAX"), help="range of the scale jitter")
@@ -164,14 +159,14 @@ class Run:
         self.val_set = CocoInstances(*coco_paths(args.data_root, "val"), False, args.test_size)
         self.total = math.ceil(args.epochs * len(self.train_set) / args.batch_size)
         torch.manual_seed(args.seed)
-        self.config = {"backbone": args.backbone, "anchor": args.anchor, "samples": args.samples}
+        self.config = {"backbone": args.backbone, "samples": args.samples}
         self.model = build_mask_rcnn(len(self.train_set.classes), **self.config)
         if args.backbone_weights not in (None, "none"):
             load_backbone_weights(self.model.backbone.body, args.backbone_weights)
         self.optimizer = build_optimizer(self.model, args)
         recipe = RECIPES["small"]
-        self.milestones = args.milestones or [round(m / recipe.iterations * self.total) for m in recipe.milestones]
-        self.warmup = min(recipe.warmup, self.total // 10) if args.warmup is None else args.warmup
+        self.milestones = [round(m / recipe.iterations * self.total) for m in recipe.milestones]
+        self.warmup = min(recipe.warmup, self.total // 10)
         self.iteration, self.seconds = 0, 0.0  # seconds of training, without evaluations
         self.output.mkdir(parents=True, exist_ok=True)
         if (self.output / "checkpoint.pt").exists():
@@ -184,12 +179,14 @@ class Run:
         self.log = open(self.output / "log.jsonl", "a", buffering=1)
 
     def save(self):
+        """Write the checkpoint, from which the run goes on."""
         config = {"system": "mask_rcnn", "test_size": self.args.test_size, "model": self.config}
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": config}
         content |= {"classes": self.train_set.classes, "iteration": self.iteration, "seconds": self.seconds}
         save_checkpoint(self.output / "checkpoint.pt", content)
 
     def write(self, values):
+        """Write an entry of the log, a dictionary."""
         epoch = self.iteration * self.args.batch_size // len(self.train_set)
         entry = {"epoch": epoch, "iteration": self.iteration, "seconds": self.seconds} | values
         self.log.write(json.dumps(entry) + "\n")
@@ -210,6 +207,7 @@ class Run:
             (self.output / "eval.json").write_text(json.dumps(scores) + "\n")
 
     def train(self):
+        """Train from where the run stands to its end, or to --max-iterations."""
         args, stop = self.args, min(self.total, self.args.max_iterations or self.total)
         batches = train_batches(
             self.train_set, args.batch_size, args.seed, self.iteration * args.batch_size, 0, 1, 0, False
