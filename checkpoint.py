@@ -86,7 +86,7 @@ def save_checkpoint(path, checkpoint, keep=None):
     try:
         write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch.save turns some failures of the disk into RuntimeError
-        reason = first_words(error)
+        reason = first_words(error.__context__ if isinstance(error.__context__, OSError) else error)
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free now"
         raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
@@ -121,8 +121,10 @@ class Output:
         if process_rank() == 0:
             self.lock = lock_file(self.folder / ".lock")
         self.resumed = newest_checkpoint(self.folder) if resume else None
-        # A log alone is of a training that came to no checkpoint.
-        traces = ("checkpoint.pt", "previous.pt", "best.pt", *(() if resume else ("log.jsonl",)))
+        # A log alone, without an evaluation, is of a training that came to no checkpoint.
+        log = self.folder / "log.jsonl"
+        early = resume and not (log.exists() and '"box"' in log.read_text())  # before the first evaluation
+        traces = ("checkpoint.pt", "previous.pt", "best.pt", *(() if early else ("log.jsonl",)))
         there = [name for name in traces if (path := self.folder / name).exists() and path.stat().st_size]
         if there and not self.resumed:
             what = "but no checkpoint to resume; choose" if resume else "go on with --resume or choose"
@@ -163,9 +165,9 @@ def lock_file(path):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and os.access(path, os.W_OK):
             several = "; several processes of one training are started with torchrun" * ("SLURM_NTASKS" in os.environ)
-            another = f"{path.parent}: another training writes to this folder"
+            another = f"{path.parent}: another program writes to this folder"
             raise InputError(f"{another}; choose another --output{several}") from None
-        warn(f"{path}: cannot be locked ({error.strerror}); start no second training in this folder")
+        warn(f"{path}: cannot be locked ({error.strerror}); start no other program that writes to this folder")
         return None
 
 
@@ -216,7 +218,8 @@ def read_log(path, iteration):
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
             entries.append(json.loads(line))
-    entries = [entry for entry in entries if entry["iteration"] <= iteration]
+    with explaining((KeyError, TypeError), f"{path}: is not the log of a training", "choose another --output"):
+        entries = [entry for entry in entries if entry["iteration"] <= iteration]
     write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
 

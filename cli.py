@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -241,6 +242,7 @@ class Progress(tqdm):
     """
 
     EVERY = 15.0  # seconds after which the next step prints a line
+    monitor_interval = 0  # tqdm's thread, for which there is nothing to do
 
     def __init__(self, what, total, done=0, unit="images"):
         self.lines = True
@@ -272,6 +274,11 @@ def run_program(main):
     os.close(lowest_free)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     program = Path(sys.argv[0]).name
+    for before, word in zip(sys.argv, sys.argv[1:], strict=False):
+        if not word or word.startswith("--") and word.endswith("="):
+            sys.exit(f"{program}: error: the word behind {before} is empty; is a variable of the shell not set?")
+    if os.getpid() == 1:  # in a container, where the system drops a signal that has no handler
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()
@@ -279,6 +286,8 @@ def run_program(main):
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        for process in filter(lambda child: child.daemon, multiprocessing.active_children()):
+            process.kill()  # a loader process, for which the end would wait
         if not (reason := reason_of(error)):
             raise
         sys.exit(f"{program}: error: {reason}")
@@ -293,6 +302,8 @@ LIMITS = {
     "shared memory|Bus error": "the memory that loader processes share (/dev/shm) is full; give a container more with "
     "--shm-size (docker run --shm-size=8g), or load in this process with --workers 0",
     "Too many open files|ancdata": "too many open files; raise the limit (ulimit -n), or use --workers 0",
+    "can't start new thread|Resource temporarily unavailable": "too many processes or threads; raise the limit "
+    "(ulimit -u, docker --pids-limit), or use --workers 0",
     "DataLoader worker .*(exited|killed)": "a loader process was ended from outside, perhaps for lack of memory; use "
     "fewer --workers",
 }
@@ -301,7 +312,7 @@ LIMITS = {
 def reason_of(error):
     """The line for an exception that the input, the files or the machine are to blame for; None for any other."""
     if isinstance(error, DataError | InputError):
-        return str(error)
+        return " ".join(str(error).splitlines())  # a file's name may hold the end of a line
     text = " ".join(f"{type(error).__name__}: {error}".split())
     asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
     for pattern, line in LIMITS.items():

@@ -222,8 +222,8 @@ def main():
     source, output = args.source, args.output
     if not output.resolve().parent.is_dir():
         raise InputError(f"{output}: its folder does not exist; create it first")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"{output}: is the file to convert; choose another name for the result")
+    if output.exists():
+        raise InputError(f"{output}: exists, and nothing is overwritten; choose another name for the result")
     if args.reverse and args.box_init:
         raise InputError("--box-init: is for a released checkpoint, not with --reverse")
     try:

@@ -4,8 +4,10 @@ import contextlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import signal
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
+from config import InputError
+from files import explaining
 from formats.coco import read_annotations
 from formats.images import DataError, read_image
 
@@ -298,6 +302,11 @@ def train_batches(dataset, batch_size, seed, start, rank, world, workers, pin_me
 def loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader of batches of `collate`; batches: the keys of each one's items."""
     allow_many_files()
+    if workers:
+        if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > 73:  # a socket's name has 107 bytes at most
+            raise InputError(f"TMPDIR {tempfile.gettempdir()}: is too long for loader processes; shorten it")
+        with explaining(OSError, "loader processes cannot start (/dev/shm)", "mount it, or use --workers 0"):
+            multiprocessing.Lock()
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=start_worker,

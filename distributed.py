@@ -2,7 +2,9 @@
 
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
@@ -41,8 +43,16 @@ def join_processes(device):
     # those that wait for an evaluation: at COCO's size pycocotools alone needs minutes for every layer.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     failure = f"the {world} processes do not find each other"
-    with explaining((ValueError, RuntimeError), failure, "start them with torchrun"):
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+    waiting = f"process {rank} of {world} waits for the others at {os.environ.get('MASTER_ADDR')}"
+    timer = threading.Timer(PATIENCE, print, [waiting], {"file": sys.stderr, "flush": True})
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in C++ none of Python's would be heard
+    timer.start()
+    try:
+        with explaining((ValueError, RuntimeError), failure, "start them with torchrun"):
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, handler)
     if rank > 0:
         warnings.simplefilter("ignore")  # the first process gives them
     return device, rank, local_rank or 0, world

@@ -16,6 +16,7 @@ from scipy.ndimage import binary_erosion
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2.functional import pad, pil_to_tensor, resize, to_pil_image
 
+from files import write_whole
 from formats.images import DECODER_ERRORS
 
 FILL = 70  # opacity of a mask's inside, of 255: what is below stays visible
@@ -171,7 +172,7 @@ def save_png(image, path):
 
 
 def is_drawing(path):
-    """Whether a file is a picture that `save_png` wrote."""
+    """Whether a file is a picture that `save_png` or `save_figure` wrote."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == MARK
@@ -202,7 +203,7 @@ def save_layers(scores, path):
         draw_layers(axes, *([entry[kind]["AP"] for entry in scores["layers"]] for kind in ("box", "mask")))
         axes.set_ylabel("AP (numbers: box - mask)")
         axes.legend(loc="upper left")
-        axes.figure.savefig(path, dpi=150)
+        save_figure(axes.figure, path, 150)
 
 
 def save_classes(scores, path):
@@ -224,7 +225,12 @@ def save_classes(scores, path):
     axes.grid(axis="x", linewidth=0.5)
     axes.set(xlabel="AP", ylim=(-0.6, len(order) - 0.4), axisbelow=True)
     axes.figure.legend(loc="outside upper center", ncols=2)
-    axes.figure.savefig(path, dpi=min(150, 60_000 / axes.figure.get_figheight()))  # matplotlib's most are 65,535 rows
+    save_figure(axes.figure, path, min(150, 60_000 / axes.figure.get_figheight()))  # matplotlib's most are 65,535 rows
+
+
+def save_figure(figure, path, dpi):
+    """Write a matplotlib figure as PNG, whole, with the mark by which `is_drawing` knows it."""
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": MARK}))
 
 
 def new_axes(path, width, height):

@@ -16,7 +16,7 @@ from checkpoint import load_model
 from config import InputError
 from data import loader
 from detections import detect
-from drawing import save_classes, save_layers
+from drawing import is_drawing, save_classes, save_layers
 from files import explaining, write_whole
 from formats.coco import check_sizes, coco_results, encode_masks, match_classes
 from formats.images import DataError
@@ -207,19 +207,29 @@ def main():
     )
     if rank > 0:
         return
+    errors = []  # of what cannot be written: the first is said last, when all else is kept and shown
+
+    def attempt(write, *arguments):
+        try:
+            write(*arguments)
+        except OSError as error:
+            errors.append(error)
+
     if results:
-        write_results(found[-1], dataset.coco, *results)
+        attempt(write_results, found[-1], dataset.coco, *results)
     if dataset.coco.anns:
         scores = score(dataset, found, args.max_detections, args.per_class)
         if output:
-            write_whole(output, json.dumps(scores, indent=1) + "\n")
+            attempt(write_whole, output, json.dumps(scores, indent=1) + "\n")
         if output and args.per_layer:
-            save_layers(scores, output.with_suffix(".png"))
+            attempt(save_layers, scores, output.with_suffix(".png"))
         if output and args.per_class:
-            save_classes(scores, output.with_suffix(".classes.png"))
+            attempt(save_classes, scores, output.with_suffix(".classes.png"))
         print_scores(scores)
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
+    if errors:
+        raise errors[0]
     if results:
         print(f"results of {len(dataset)} images: {results[0]}; without boxes: {results[1]}")
 
@@ -229,6 +239,10 @@ def prepare(args, device):
     and the model's labels of its classes.
     """
     output = args.output and new_file(args.output, b'{\n "box"')
+    charts = [output.with_suffix(suffix) for suffix in (".png", ".classes.png")] if output else []
+    for path, drawn in zip(charts, (args.per_layer, args.per_class), strict=False):
+        if drawn and path.exists() and not is_drawing(path):
+            raise InputError(f"{path}: would be overwritten by a chart, but is not one; choose another --output")
     names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
     results = [new_file(name, b"[\n") for name in names]
     if output and output.resolve() in [path.resolve() for path in results]:

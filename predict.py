@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 import cli
-from checkpoint import load_model
+from checkpoint import load_model, lock_file
 from config import InputError
 from detections import detect
 from drawing import draw_instances, is_drawing, save_png, side_by_side
@@ -64,6 +64,8 @@ def search(folder, recursive, output, others, seen):
         if path.is_dir():
             if not recursive:
                 others["folders (--recursive reads them)"] += 1
+            elif not os.access(path, os.R_OK | os.X_OK):
+                others["folders that cannot be read"] += 1
             elif path.resolve() not in seen:
                 yield from search(path, recursive, output, others, seen)
         elif path.name.startswith("._"):
@@ -93,8 +95,9 @@ def overlay_names(images, longest=255):
 
 
 def claim_output(output, images, lists):
-    """Make the folder and return the names of its overlays. Raises OSError where nothing can be written into it, and
-    InputError where an overlay or one of the lists would replace a file that no earlier run wrote.
+    """Make the folder and return the names of its overlays, and the folder's lock. Raises OSError where nothing can be
+    written into it, and InputError where an overlay or one of the lists would replace a file that no earlier run wrote,
+    or another program writes there.
     """
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()
@@ -106,7 +109,7 @@ def claim_output(output, images, lists):
     for path in [output / name for name in names] + lists:
         if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
-    return names
+    return names, lock_file(output / ".lock")
 
 
 def append(path, entries):
@@ -153,7 +156,7 @@ def main():
     entries = [{"id": image_id, "file_name": str(path)} | nothing for image_id, path in enumerate(images, start=1)]
     # What is read has errors of its own; an OSError is of what is written.
     with explaining(OSError, f"--output {output}: cannot be written", "make room or choose another"):
-        names = claim_output(output, images, lists)
+        names, lock = claim_output(output, images, lists)
         model, checkpoint = load_model(args.checkpoint, device)
         if args.layer and max(layers) > model.config.decoder_layers:
             raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
@@ -178,6 +181,8 @@ def main():
             done = [entry["detections"] for entry in entries if entry["overlay"]]
             found = sum(sum(n) if isinstance(n, list) else n for n in done)
             print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
+            if lock:
+                os.unlink(lock.name)
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
         raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from files import write_whole
 from formats.coco import encode_masks
+from formats.images import DataError
 from formats.segmentations import annotation_of
 
 
@@ -62,10 +63,15 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
 
     hard: `shapes-hard`, in which a box tells little about the mask in it: thin, hollow and curved shapes at any angle,
     3 to 7 of them, 18 to 84 % of the image wide, upon strokes that are not annotated.
+
+    Raises DataError where the folder holds annotations that were not generated.
     """
     settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
     settings |= {"hard": True} if hard else {}
     files = {split: Path(root, "annotations", f"instances_{split}2017.json") for split in ("train", "val")}
+    for path in files.values():
+        if path.exists() and _settings(path) is None:
+            raise DataError(f"{path}: was not generated; choose another --data-root, or --data coco for these images")
     old = [path for path in files.values() if _settings(path) != settings]
     for path in old:
         path.unlink(missing_ok=True)

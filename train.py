@@ -55,7 +55,8 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, default="tiny", help="The model (default: tiny).")
     add("--output", default="runs/train", metavar="DIR", help="For checkpoints, log, pictures (default: runs/train).")
     add("--resume", action="store_true", help="Go on from the newest checkpoint in --output, if there is one.")
-    add("--seed", type=cli.count, default=0, help="Of weights, sampling, augmentation and losses (default: 0).")
+    seed = cli.at_least(0, int, 2**63 - 1)
+    add("--seed", type=seed, default=0, help="Of weights, sampling, augmentation and losses (default: 0).")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser)
     checkpoint.add_start_arguments(parser)
@@ -375,6 +376,7 @@ class Trainer:
                 process.kill()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+            os._exit(128 + number)  # as the first process of a container, which the system spares
 
     @contextlib.contextmanager
     def saving_first(self):

@@ -16,8 +16,9 @@ class DataError(ValueError):
     """Bad data; the message is one line: what is wrong, where, and what to do about it."""
 
     def __str__(self):
-        # A loader process sends its whole traceback as the message, our line being the last.
-        return super().__str__().rstrip().split("\n")[-1].removeprefix(f"{__name__}.DataError: ")
+        # A loader process sends its whole traceback as the message, our line being the last. Names may hold lines, too.
+        lines = super().__str__().strip().splitlines()
+        return " ".join(lines[-1:] if lines[0].startswith("Caught ") else lines).removeprefix(f"{__name__}.DataError: ")
 
 
 def short(value):

@@ -99,6 +99,12 @@ def test_existing_run_is_not_overwritten(run, uninterrupted, tmp_path):
         with pytest.raises(InputError, match=f"holds {name} of an earlier training; .* another --output"):
             run("--output", tmp_path, *SMALL, *more)
         (tmp_path / name).unlink()
+    # Nor a log with evaluations, whose checkpoints were taken away, or one of another program.
+    for text, says in (('{"iteration": 9, "box": {}}', "holds log.jsonl of"), ('{"a": 1}', "is not the log")):
+        (tmp_path / "log.jsonl").write_text(text + "\n")
+        with pytest.raises(InputError, match=f"{says} .* another --output"):
+            run("--output", tmp_path, *SMALL, "--resume")
+        assert (tmp_path / "log.jsonl").read_text() == text + "\n"
 
 
 def test_nothing_to_resume(run, tmp_path, capsys):

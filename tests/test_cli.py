@@ -203,8 +203,8 @@ FILES = {  # what is wrong: the program and its data, the file, what is done to 
     "only ignored ones": ("train bdd100k", MASKS, bitmasks(3, 1, 0, 1), "no image has an instance to train on"),
 }  # fmt: skip
 FLAGS = {  # what is wrong: the program and its data, the flags, what the line says
-    "no data root": ("eval coco", ["--data-root", ""], "--data coco needs --data-root"),
-    "no data root of BDD100K": ("train bdd100k", ["--data-root", ""], "--data bdd100k needs --data-root"),
+    "an empty word": ("eval coco", ["--data-root", ""], "the word behind --data-root is empty; is a variable"),
+    "an empty value": ("train coco", ["--init="], "the word behind .* is empty; is a variable"),
     "annotations without images": ("train coco", ["--train-json", f"DIR/{TRAIN}"], "--train-images is missing"),
     "images without annotations": ("eval coco", ["--val-images", f"DIR/{PHOTOS}"], "together: --val-json is missing"),
     "unknown data": ("eval coco", ["--data", "voc"], "--data: invalid choice: 'voc'"),
@@ -220,7 +220,8 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "negative rate": ("train coco", ["--lr", "-1"], "--lr: must be 0 or more, not -1"),
     "rate of NaN": ("train coco", ["--backbone-lr", "nan"], "--backbone-lr: must be 0 or more, not nan"),
     "negative warm-up": ("train coco", ["--warmup", "-3"], "--warmup: must be 0 or more"),
-    "negative seed": ("train coco", ["--seed", "-1"], "--seed: must be 0 or more"),
+    "negative seed": ("train coco", ["--seed", "-1"], "--seed: must be from 0 to 9223372036854775807, not -1"),
+    "huge seed": ("train coco", ["--seed", "9" * 20], "--seed: must be from 0 to 9223372036854775807, not 9999"),
     "selections that grow": ("train coco", ["--selections", "30,60"], r"selections \(30, 60\)"),
     "settings that do not fit": ("train coco", ["--guidance", "t_s2", "--no-di"], "guidance t_s2"),
     "start from nothing": ("train coco", ["--init", "DIR/none.pt"], "none.pt: no such file"),
@@ -379,6 +380,9 @@ def test_one_split_alone(good, monkeypatch):
     for more in ([], ["--data", "shapes"], ["--data", "coco"]):
         with pytest.raises(DataError, match="--train-json and --train-images are missing"):
             cli.open_split(data_flags(*files_of(good, "val"), *more), "train")
+    for kind in ("coco", "bdd100k"):
+        with pytest.raises(DataError, match=f"--data {kind} needs --data-root, or --train-json and --train-images"):
+            cli.open_split(data_flags("--data", kind), "train")
     both = data_flags(*files_of(good, "train", "val"))
     assert len(cli.open_split(both, "train")) == 4 and len(cli.open_split(both, "val")) == 2
     mixed = data_flags("--data-root", good / "coco", *files_of(good, "val"))

@@ -1,9 +1,11 @@
 """eval.py: COCO's numbers against an independent computation, results files, classes, and the program on its flags."""
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,6 +404,21 @@ def test_tables_and_pictures(squares, run):
     assert f"bolt    {scores['classes'][1]['box']:5.1f}" in printed and "box - mask" in printed
     for name in ("s.png", "s.classes.png"):
         assert_bars(squares / name)
+    run("--per-layer", "--per-class", "--output", squares / "s.json")  # its own charts are replaced
+    for name, flag in (("s.png", "--per-layer"), ("s.classes.png", "--per-class")):
+        Image.new("RGB", (9, 9)).save(squares / name)
+        with pytest.raises(InputError, match=f"{name}: would be overwritten by a chart, but is not one"):
+            run(flag, "--output", squares / "s.json")
+
+
+def test_a_file_that_cannot_be_written_costs_nothing_else(squares, run, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "r.json")
+
+    monkeypatch.setattr(evaluation, "write_results", full)
+    with pytest.raises(OSError, match="File too large"):
+        run("--results", squares / "r.json", "--output", squares / "s.json")
+    assert json.loads((squares / "s.json").read_text())["box"]["AP"] > 50 and "AP50" in capsys.readouterr().out
 
 
 def assert_bars(path):

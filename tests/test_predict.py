@@ -262,6 +262,32 @@ def test_only_what_it_wrote_is_overwritten(run, folder, tmp_path):
         assert status == 0 and "2 of 2 images" in printed
 
 
+def test_two_runs_in_one_folder(run, folder, tmp_path, small_checkpoint):
+    for i in range(400):
+        picture((64, 64), i).save(folder / f"{i:03}.png")
+    flags = ["--checkpoint", small_checkpoint, "--output", tmp_path / "out", "--device", "cpu"]
+    process = program("predict", *flags, folder, output=tmp_path / "predict")
+    process.until((tmp_path / "out" / "003.png").exists)
+    line = error_line(run(folder / "b.jpg"))
+    assert "out: another program writes to this folder; choose another --output" in line
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130 and len(read(tmp_path / "out", "images")) == 402
+
+
+def test_a_folder_within_that_cannot_be_read_is_counted(run, folder, monkeypatch):
+    (folder / "lost+found").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found" and access(path, mode))
+    status, printed, errors = run(folder, "--recursive")
+    assert status == 0 and "2 of 2 images" in printed and "1 folders that cannot be read" in errors
+
+
+def test_a_name_of_two_lines_and_an_empty_one(run, folder):
+    (folder / "of\ntwo.png").write_bytes(b"none")
+    assert "of two.png: cannot be read as an image" in run(folder)[2].splitlines()[-2]
+    assert "the word behind" in error_line(run(folder, "")) and "is empty" in error_line(run(folder, ""))
+
+
 @pytest.mark.parametrize("output", ["file", "file/out", "/proc/none"])
 def test_an_output_that_cannot_be_is_said_before_the_model_loads(run, folder, tmp_path, output):
     (tmp_path / "file").write_text("mine")

@@ -41,6 +41,16 @@ def test_shapes_are_deterministic_and_made_once(shapes, tmp_path):
     )
 
 
+def test_annotations_that_were_not_generated_stay(tmp_path):
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.parent.mkdir()
+    path.write_text('{"images": [], "info": {}}')
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=f"^{path}: was not generated; choose another --data-root"):
+        make_shapes(tmp_path, train=2, val=1)
+    assert contents(tmp_path) == before
+
+
 def test_interrupted_generation_is_not_taken_as_complete(shapes, tmp_path, monkeypatch):
     calls = iter(range(10))
 

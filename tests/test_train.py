@@ -357,7 +357,7 @@ def test_a_signal_writes_a_checkpoint(run, shapes, uninterrupted, tmp_path, caps
     flags = ["--output", output, *SMALL, "--save-every", 2, "--workers", 1]
     process = program("train", "--data-root", shapes, *flags, output=tmp_path / "train")
     process.until((output / "checkpoint.pt").exists)
-    with pytest.raises(InputError, match="out: another training writes to this folder; choose another --output"):
+    with pytest.raises(InputError, match="out: another program writes to this folder; choose another --output"):
         run(*flags, "--resume")
     process.signal(signal.SIGTERM)
     assert process.wait() == 0 and "Traceback" not in process.err, process.err
