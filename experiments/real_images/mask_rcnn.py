@@ -135,7 +135,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
     add("--batch-size", type=positive, default=2, help="images per step (default: 2)")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="(default: adamw, as for the other systems)")
-    add("--lr", type=float, default=4e-4, help="learning rate (default: 4e-4)")
+    add("--lr", type=float, default=2e-4, help="learning rate (default: 2e-4)")
     add("--backbone-factor", type=float, default=0.1, help="factor on the rate for the backbone (default: 0.1)")
     add("--backbone", default="mobilenet_v2", help="as for train.py (default: mobilenet_v2)")
     add("--backbone-weights", metavar="NAME-OR-FILE", help="pretrained, as for train.py (default: none)")
