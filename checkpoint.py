@@ -164,7 +164,7 @@ def lock_file(path):
         return file
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) and os.access(path, os.W_OK):
-            several = "; several processes of one training are started with torchrun" * ("SLURM_NTASKS" in os.environ)
+            several = "; several processes of a training are started with torchrun" * ("SLURM_NTASKS" in os.environ)
             another = f"{path.parent}: another program writes to this folder"
             raise InputError(f"{another}; choose another --output{several}") from None
         warn(f"{path}: cannot be locked ({error.strerror}); start no other program that writes to this folder")

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import multiprocessing
 import os
 import re
 import signal
@@ -286,8 +285,6 @@ def run_program(main):
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        for process in filter(lambda child: child.daemon, multiprocessing.active_children()):
-            process.kill()  # a loader process, for which the end would wait
         if not (reason := reason_of(error)):
             raise
         sys.exit(f"{program}: error: {reason}")

@@ -70,7 +70,7 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
     settings |= {"hard": True} if hard else {}
     files = {split: Path(root, "annotations", f"instances_{split}2017.json") for split in ("train", "val")}
     for path in files.values():
-        if path.exists() and _settings(path) is None:
+        if _settings(path) is None:
             raise DataError(f"{path}: was not generated; choose another --data-root, or --data coco for these images")
     old = [path for path in files.values() if _settings(path) != settings]
     for path in old:
@@ -95,9 +95,11 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
 
 
 def _settings(path):
-    """The settings recorded in an annotation file of `make_shapes`; None if there is no such file."""
+    """The settings recorded in an annotation file of `make_shapes`; {} without a file, None in one of others."""
     try:
         return json.loads(path.read_bytes())["info"]["settings"]
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
