@@ -309,7 +309,7 @@ LIMITS = {
 def reason_of(error):
     """The line for an exception that the input, the files or the machine are to blame for; None for any other."""
     if isinstance(error, DataError | InputError):
-        return " ".join(str(error).splitlines())  # a file's name may hold the end of a line
+        return str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())
     asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
     for pattern, line in LIMITS.items():

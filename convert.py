@@ -1,6 +1,7 @@
 """Converts the checkpoints that the authors of DI-MaskDINO and Mask DINO released into this project's, and back."""
 
 import argparse
+import contextlib
 import math
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from backbone import SWINS
-from checkpoint import load_model, save_checkpoint
+from checkpoint import load_model, read_checkpoint, save_checkpoint
 from cli import run_program
 from config import PRESETS, Config, InputError
 from formats.bdd100k import BDD100K_CLASSES
@@ -205,6 +206,13 @@ def revert(source, output):
     return model.config
 
 
+def is_converted(path):
+    """Whether a file is a checkpoint as `convert` writes it, without the state of a training."""
+    with contextlib.suppress(InputError):
+        return "optimizer" not in read_checkpoint(path)
+    return False
+
+
 def main():
     parser = argparse.ArgumentParser(description=f"{__doc__} The architecture is read off the tensors' shapes.")
     add = parser.add_argument
@@ -222,10 +230,10 @@ def main():
     source, output = args.source, args.output
     if not output.resolve().parent.is_dir():
         raise InputError(f"{output}: its folder does not exist; create it first")
-    if output.exists():
-        raise InputError(f"{output}: exists, and nothing is overwritten; choose another name for the result")
     if args.reverse and args.box_init:
         raise InputError("--box-init: is for a released checkpoint, not with --reverse")
+    if output.exists() and (args.reverse or not is_converted(output)):
+        raise InputError(f"{output}: exists, and is not an earlier result of convert.py; choose another name")
     try:
         config = revert(source, output) if args.reverse else convert(source, output, args.trust_pickle, args.box_init)
     except ConversionError as error:
