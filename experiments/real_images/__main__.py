@@ -281,7 +281,7 @@ def open_output(args):
     settings |= {key: getattr(args, key) for key in ("minutes", "flags", "mask_rcnn_flags", "choose")}
     file = Path(args.results) / f"{name}.json"
     for path, option in ((output / "settings.json", "--output"), (file, "--results")):
-        if path.exists() and json.loads(path.read_text())["settings"] != settings:
+        if path.exists() and json.loads(path.read_text()).get("settings") != settings:
             raise InputError(f"{path}: its runs have other settings; choose another {option}, or give the same flags")
     (output / "settings.json").write_text(json.dumps({"settings": settings}) + "\n")
     return output, file, settings
