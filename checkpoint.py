@@ -53,8 +53,8 @@ def load_model(path, device="cpu", overrides=None):
     """
     checkpoint = read_checkpoint(path)
     weights, classes = checkpoint["model"], checkpoint["classes"]
-    settings = f"{path}: its config{' and these settings' * bool(overrides)}"
-    with explaining((TypeError, ValueError, RuntimeError), f"{settings}: not of this version"):
+    given = " with these settings" * bool(overrides)
+    with explaining((TypeError, ValueError, RuntimeError), f"{path}: its config{given} is not one of this version"):
         model = DIMaskDINO(Config(**checkpoint["config"] | (overrides or {})))
     if problems := mismatches(weights, {name: value.shape for name, value in model.state_dict().items()}):
         settings = [name for start, name in SETTINGS_OF.items() if any(f": {start}" in line for line in problems)]

@@ -275,7 +275,8 @@ def run_program(main):
     program = Path(sys.argv[0]).name
     for before, word in zip(sys.argv, sys.argv[1:], strict=False):
         if not word or word.startswith("--") and word.endswith("="):
-            sys.exit(f"{program}: error: the word behind {before} is empty; is a variable of the shell not set?")
+            name = word[:-1] or before
+            sys.exit(f"{program}: error: the word behind {name} is empty; is a variable of the shell not set?")
     if os.getpid() == 1:  # in a container, where the system drops a signal that has no handler
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"

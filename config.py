@@ -70,8 +70,10 @@ class Config:
             raise InputError(f"selections {self.selections}: give one size or more, none above the one before it")
         if self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
             raise InputError(f"hidden_dim {self.hidden_dim}: must be a multiple of 32 and num_heads {self.num_heads}")
-        if self.noise_scale > 1 or (self.class_prior or 0) >= 1:
-            raise InputError(f"noise_scale {self.noise_scale}: at most 1; class_prior {self.class_prior}: below 1")
+        if self.noise_scale > 1:
+            raise InputError(f"noise_scale {self.noise_scale}: must be 1 or less")
+        if (self.class_prior or 0) >= 1:
+            raise InputError(f"class_prior {self.class_prior}: must be below 1")
         if self.train_scale[0] > self.train_scale[1]:
             raise InputError(f"train_scale {self.train_scale}: the smaller number comes first")
         if self.guidance != "q_bal" and not (self.di and self.bato and sizes[1:]):

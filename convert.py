@@ -233,7 +233,7 @@ def main():
     if args.reverse and args.box_init:
         raise InputError("--box-init: is for a released checkpoint, not with --reverse")
     if output.exists() and (args.reverse or not is_converted(output)):
-        raise InputError(f"{output}: exists, and is not an earlier result of convert.py; choose another name")
+        raise InputError(f"{output}: exists, and only a checkpoint that was converted is replaced; choose another name")
     try:
         config = revert(source, output) if args.reverse else convert(source, output, args.trust_pickle, args.box_init)
     except ConversionError as error:

@@ -95,9 +95,8 @@ def overlay_names(images, longest=255):
 
 
 def claim_output(output, images, lists):
-    """Make the folder and return the names of its overlays, and the folder's lock. Raises OSError where nothing can be
-    written into it, and InputError where an overlay or one of the lists would replace a file that no earlier run wrote,
-    or another program writes there.
+    """Make the folder and return the names of its overlays. Raises OSError where nothing can be written into it, and
+    InputError where an overlay or one of the lists would replace a file that no earlier run wrote.
     """
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()
@@ -109,7 +108,7 @@ def claim_output(output, images, lists):
     for path in [output / name for name in names] + lists:
         if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
-    return names, lock_file(output / ".lock")
+    return names
 
 
 def append(path, entries):
@@ -156,7 +155,7 @@ def main():
     entries = [{"id": image_id, "file_name": str(path)} | nothing for image_id, path in enumerate(images, start=1)]
     # What is read has errors of its own; an OSError is of what is written.
     with explaining(OSError, f"--output {output}: cannot be written", "make room or choose another"):
-        names, lock = claim_output(output, images, lists)
+        names = claim_output(output, images, lists)
         model, checkpoint = load_model(args.checkpoint, device)
         if args.layer and max(layers) > model.config.decoder_layers:
             raise InputError(f"--layer {max(layers)}: this model has layers 0 to {model.config.decoder_layers}")
@@ -165,6 +164,7 @@ def main():
         find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
         for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
             signal.signal(number, signal.default_int_handler)
+        lock = lock_file(output / ".lock")
         try:
             for path in lists:
                 write_whole(path, "[]\n")

@@ -69,10 +69,11 @@ def make_shapes(root, train=2000, val=250, size=64, seed=0, hard=False):
     settings = {"version": SHAPES_VERSION, "train": train, "val": val, "size": size, "seed": seed}
     settings |= {"hard": True} if hard else {}
     files = {split: Path(root, "annotations", f"instances_{split}2017.json") for split in ("train", "val")}
-    for path in files.values():
-        if _settings(path) is None:
+    found = {path: _settings(path) for path in files.values()}
+    for path in found:
+        if found[path] is None:
             raise DataError(f"{path}: was not generated; choose another --data-root, or --data coco for these images")
-    old = [path for path in files.values() if _settings(path) != settings]
+    old = [path for path in found if found[path] != settings]
     for path in old:
         path.unlink(missing_ok=True)
     contents = {}

@@ -70,7 +70,7 @@ def parse_arguments(argv=None):
     batch = "Images per forward pass, over all processes (default: 16; bdd68ep, small: 8)."
     add("--batch-size", type=cli.positive, help=batch)
     add("--accumulate", type=cli.positive, default=1, metavar="N", help="Batches per optimizer step (default: 1).")
-    rate = "The learning rate (default: for the batch size above 1e-4; small: 4e-4; tiny: 1e-3)."
+    rate = "The learning rate (default: 1e-4; small: 4e-4; tiny: 1e-3; for other batch sizes in proportion)."
     add("--lr", type=cli.not_negative, help=rate)
     backbone = "That of the backbone; 0 freezes it (default: a tenth of --lr; tiny: the same)."
     add("--backbone-lr", type=cli.not_negative, help=backbone)

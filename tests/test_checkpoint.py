@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_named_and_the_list_is_cut(content, tmp_path):
     content["config"]["decoder_layers"] = 9
     fails(saved(tmp_path, content), r"do not fit \(in decoder_layers: missing: decoder.layers.3.*; and \d+ more\)")
     content["config"]["depth"] = 3
-    fails(saved(tmp_path, content), "its config: not of this version .*depth")
+    fails(saved(tmp_path, content), "its config is not one of this version .*depth")
 
 
 def test_what_is_no_checkpoint_is_called_what_it_is(content, tmp_path):

@@ -204,7 +204,7 @@ FILES = {  # what is wrong: the program and its data, the file, what is done to 
 }  # fmt: skip
 FLAGS = {  # what is wrong: the program and its data, the flags, what the line says
     "an empty word": ("eval coco", ["--data-root", ""], "the word behind --data-root is empty; is a variable"),
-    "an empty value": ("train coco", ["--init="], "the word behind .* is empty; is a variable"),
+    "an empty value": ("train coco", ["--init="], "the word behind --init is empty; is a variable"),
     "annotations without images": ("train coco", ["--train-json", f"DIR/{TRAIN}"], "--train-images is missing"),
     "images without annotations": ("eval coco", ["--val-images", f"DIR/{PHOTOS}"], "together: --val-json is missing"),
     "unknown data": ("eval coco", ["--data", "voc"], "--data: invalid choice: 'voc'"),

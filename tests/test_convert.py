@@ -399,6 +399,6 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         assert isinstance(status, str) and message in status and str(tmp_path / file) in status, (file, status)
         assert "\n" not in status and "with --trust-pickle" not in status and not output.exists(), file
     status, _ = run(monkeypatch, capsys, whole, whole)
-    assert "exists, and is not an earlier result" in status and whole.read_bytes() == data
+    assert "exists, and only a checkpoint that was converted is replaced" in status and whole.read_bytes() == data
     status, _ = run(monkeypatch, capsys, whole, tmp_path / "none" / "ours.pt")
     assert "folder does not exist" in status
