@@ -130,7 +130,7 @@ def check_output(path, compiled, half):
 
 def parse_arguments():
     """The flags as a namespace, checked."""
-    sides = "in steps of 32 pixels from 96, or what the first selection needs (192 with a ResNet-50), to --max-size"
+    sides = "in steps of 32 pixels from 96, or what the first selection needs (192 for `dimaskdino_r50`), to --max-size"
     about = f"{__doc__} A file takes 1 to {MOST} images at a time, with sides {sides}; its metadata holds these bounds."
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument

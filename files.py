@@ -29,7 +29,7 @@ def write_whole(path, write):
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_text(write) if isinstance(write, str) else write(temporary)
+        temporary.write_text(write, newline="\n") if isinstance(write, str) else write(temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None

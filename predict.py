@@ -182,7 +182,8 @@ def main():
             found = sum(sum(n) if isinstance(n, list) else n for n in done)
             print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
             if lock:
-                os.unlink(lock.name)
+                with contextlib.suppress(OSError):  # Windows removes no file that is open
+                    os.unlink(lock.name)
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
         raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 

@@ -117,8 +117,8 @@ def lr_factor(iteration, milestones, warmup):
 
 
 def parameter_groups(model, lr, backbone_lr):
-    """AdamW's groups: the backbone has its own rate, and is left out where that is 0; no weight decay for norms,
-    embeddings and relative-position tables.
+    """AdamW's groups, the same four whatever the rates: the backbone has its own, and is left out where that is 0; no
+    weight decay for norms, embeddings and relative-position tables.
     """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
     groups = {}
@@ -130,7 +130,7 @@ def parameter_groups(model, lr, backbone_lr):
             decayed = not (isinstance(module, norms) or name == "relative_position_bias_table")
             rate, decay = backbone_lr if in_backbone else lr, WEIGHT_DECAY if decayed else 0.0
             group = {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
-            groups.setdefault((rate, decay), group)["params"].append(parameter)
+            groups.setdefault((in_backbone, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -229,6 +229,8 @@ class Trainer:
             f"{schedule.step_size} images an iteration, {schedule.batch_size // self.world} x {self.world} processes x "
             f"{self.args.accumulate} batches; on {self.device.type}; output in {self.output.folder}"
         )
+        if self.iteration > stop:
+            distributed.warn(f"{self.iteration} iterations are made, {stop} are asked for: nothing is left to train")
         if 2 * (warmup := schedule.warmup) >= stop:
             distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
         counts = [len(self.train_set.instances[image_id]) for image_id in self.train_set.image_ids]
@@ -247,6 +249,8 @@ class Trainer:
         """Train to the end of the schedule, to --max-iterations, or to a signal in any process; errors save first."""
         entries = distributed.together(lambda: self.output.begin(self.iteration))
         self.evaluations = [entry for entry in entries if "box" in entry]
+        if self.rank == 0 and self.iteration < self.stop:
+            (self.output.folder / "eval.json").unlink(missing_ok=True)  # of the end of a shorter schedule
         self.batches = train_batches(
             self.train_set, self.schedule.batch_size, self.args.seed, self.iteration * self.schedule.step_size,
             self.rank, self.world, self.args.workers, pin_memory=self.device.type == "cuda",
@@ -434,6 +438,7 @@ class Trainer:
             if self.rank == 0:
                 self.output.log.write(json.dumps(self.now() | rates | means) + "\n")
             self.begin_window()
+        if steps == LOG_EVERY:
             self.window.clear()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU is measured for, in one call of under 8 minutes on a modern one: inference and training steps of the
+# All that a GPU is measured for, in one call: inference and training steps of the
 # presets in float32, TF32 and bfloat16, the benchmark of the compiled deformable attention, and 100 iterations of `tiny`.
 # With --tests also the op's tests for every dtype, some of them under compute-sanitizer, which comes with the CUDA
 # toolkit. Writes benchmarks/results/gpu_NAME.txt. Python is .venv's or $PYTHON. With DEVICE=cpu and a SIZE of 64 it shows

@@ -85,7 +85,9 @@ def prepare(args):
     batch = random_batch(args.batch_size, args.size, model.config.num_classes, args.instances, args.device)
     clock = Clock()
     if args.compile:
-        model.compile()
+        from cli import compile_layers  # only here: not every checkout has it
+
+        compile_layers(model, torch.device(args.device))
     else:
         clock.watch(model, criterion)  # its hooks would break the graph
 

@@ -219,12 +219,9 @@ def token_sheet(models, images, device):
 
 def load(paths, device):
     """[(name, model, classes)] of checkpoints. Raises InputError."""
-    models, classes = [], []
-    for path in paths:
-        model, checkpoint = load_model(path, device)
-        models.append(model)
-        classes.append(checkpoint["classes"])
-    return list(zip(unique([system_name(model.config) for model in models]), models, classes, strict=True))
+    found = [load_model(path, device) for path in paths]
+    names = unique([system_name(model.config) for model, _ in found])
+    return [(name, model, content["classes"]) for name, (model, content) in zip(names, found, strict=True)]
 
 
 def parse_arguments(argv=None):

@@ -9,6 +9,7 @@ import math
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -281,8 +282,10 @@ def run(chosen, data, data_root, output, gpus):
                     command = [*command, "--resume"]
             print(f"{TITLES[row.table]}, {row.name}: {shlex.join(command)}", flush=True)
             words = [sys.executable, *command[1:]] if command[0] == "python" else command
-            if status := subprocess.run(words, cwd=ROOT).returncode:
-                sys.exit(f"experiments.tables: error: {row.table}, {row.name}: ended with status {status}; see above")
+            with ThreadPoolExecutor(1) as pool:  # which lets it save on Ctrl-C: subprocess.run alone would kill it
+                status = pool.submit(subprocess.run, words, cwd=ROOT).result().returncode
+            if status or ("train.py" in command and not (folder / "eval.json").exists()):
+                sys.exit(f"experiments.tables: error: {row.table}, {row.name}: stopped before its end (status {status}); see above")
         table.write_text(markdown(chosen, data, output))
     print(f"{table}: written")
 

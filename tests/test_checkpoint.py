@@ -80,12 +80,18 @@ def test_other_settings_are_not_resumed(flags, named, run, uninterrupted):
 
 
 def test_a_longer_schedule_in_another_split_is_resumed(run, uninterrupted, tmp_path, capsys):
-    """As many images per iteration, in two batches: goes on; so it does with --grad-checkpoint, as nothing changes."""
+    """As many images per iteration, in two batches: goes on; so it does with a rate of its own for the backbone, and
+    with --grad-checkpoint, as nothing changes. The earlier end's eval.json goes, its means are of 12 of 20 iterations.
+    """
     output = copy_of(uninterrupted, tmp_path / "out")
-    split = ["--batch-size", 2, "--accumulate", 2, "--grad-checkpoint", "--no-eval"]
+    [entry] = [entry for entry in log(output) if "loss" in entry]
+    assert checkpoint(output)["window"]["loss"] == pytest.approx(12 * entry["loss"])
+    split = ["--batch-size", 2, "--accumulate", 2, "--grad-checkpoint", "--no-eval", "--backbone-lr", 1e-5]
     run("--output", output, *SMALL, "--epochs", 5, "--resume", *split)
     assert "the schedule has changed in batch_size, iterations, milestones" in capsys.readouterr().out
-    assert checkpoint(output)["iteration"] == 15
+    assert checkpoint(output)["iteration"] == 15 and not (output / "eval.json").exists()
+    run("--output", output, *SMALL, "--epochs", 3, "--resume", *split)
+    assert "warning: 15 iterations are made, 9 are asked for" in capsys.readouterr().err
 
 
 def test_existing_run_is_not_overwritten(run, uninterrupted, tmp_path):

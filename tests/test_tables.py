@@ -270,7 +270,8 @@ def test_run_of_the_figure_and_of_table_3(capsys, monkeypatch, tmp_path, ran):
     assert "| DI, random position tokens | 23.8 / 23.7 (-14.7 % / -4.8 %) | 50.0 / 30.0 (+8.7 % / +0.0 %) |" in table
 
 
-def test_run_stops_where_a_row_fails(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(tables.subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, 3))
-    with pytest.raises(SystemExit, match="table5, T_i: ended with status 3"):
+@pytest.mark.parametrize("status", [0, 3])  # 0: a signal has ended it early
+def test_run_stops_where_a_row_fails(status, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables.subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, status))
+    with pytest.raises(SystemExit, match=f"table5, T_i: stopped before its end .status {status}"):
         printed(capsys, monkeypatch, "table5", "--data", "coco", "--run", "--output", str(tmp_path))

@@ -109,6 +109,7 @@ def test_parameter_groups():
     decays = {names[p]: settings["weight_decay"] for settings in groups for p in settings["params"]}
     assert decays["encoder.level_embed"] == decays["backbone.body.conv1.weight"] == 0.05
     assert decays["denoising.label_embedding.weight"] == decays["backbone.body.bn1.weight"] == 0
+    assert len(parameter_groups(model, 1e-3, 1e-3)) == len(groups)  # so that a resumed training may change its rates
     frozen = parameter_groups(model, 1e-3, 0)
     assert {names[p] for settings in frozen for p in settings["params"]} == {
         name for name in names.values() if not name.startswith("backbone")

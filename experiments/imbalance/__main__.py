@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from cli import positive
 from drawing import draw_layers
 from experiments.study import ROOT, earlier_runs, mean_sd, paired, run_all, write_results
 from experiments.tables import ROWS, settings
@@ -155,10 +156,9 @@ def main():
         "several seeds, evaluates every decoder layer, prints tables of them in Markdown, and writes results.json and, "
         "with matplotlib, plot.png. Runs that are in results.json already are kept, unfinished ones go on."
     )
-    parser.add_argument("--seeds", type=int, default=5, help="runs per row (default: 5)")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each (default: the number of cores)"
-    )
+    parser.add_argument("--seeds", type=positive, default=5, help="runs per row (default: 5)")
+    jobs = "runs at a time, a core each (default: the number of cores)"
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help=jobs)
     parser.add_argument(
         "--launcher",
         default="",
@@ -168,8 +168,6 @@ def main():
     parser.add_argument("--output", default="runs/imbalance", metavar="DIR", help="folder of the runs")
     parser.add_argument("--results", default=FOLDER, metavar="DIR", help="folder of the results (default: this one)")
     args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1:
-        parser.error("--seeds and --jobs: 1 or more")
     output, results, recipe = ROOT / args.output, Path(args.results), shlex.join(RECIPE)
     runs = [run for run in earlier_runs(results / "results.json", recipe=recipe) if run["row"] in FLAGS]
     print(f"kept: {len(runs)} runs of results.json")

@@ -18,6 +18,7 @@ from cli import config_from, positive, run_program
 from config import InputError
 from data import CocoInstances
 from drawing import draw_rows
+from experiments.plot import read_log
 from experiments.real_images import mask_rcnn
 from experiments.real_images.scoring import open_run
 from experiments.study import ROOT, earlier_runs, mean_sd, paired, run_all, write_results
@@ -58,12 +59,6 @@ def images_per_step(args, system):
     if system != "mask-rcnn":
         return our_settings(args)[1]
     return mask_rcnn.parse_arguments(training_command(args, system, "-", 0, 1)[2:]).batch_size
-
-
-def read_log(folder):
-    """The entries of a run's log: those of the training and those of the evaluations."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [e for e in entries if "loss" in e], [e for e in entries if "box" in e]
 
 
 def cpu_seconds():

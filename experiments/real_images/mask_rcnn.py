@@ -97,14 +97,17 @@ def detect(model, images, output_sizes):
     return [f | {"labels": f["labels"] - 1, "masks": f["masks"][:, 0] > 0.5} for f in found]
 
 
-def evaluate(model, dataset):
-    """Box and mask AP as eval.py's `score` returns them."""
-    results = []
-    for image, target in dataset:
-        [detections] = detect(model, [image], [target["original_size"]])
-        results += coco_results(detections, target["image_id"], dataset.category_ids)
-    scores = average_precision(dataset.coco, results, dataset.image_ids)
-    return {kind: scores[kind] for kind in ("box", "mask")}
+def score(detector, dataset):
+    """[AP of each layer, as `average_precision` gives it] of a detector: a function of images, as
+    `eval_transform` gives them, and output sizes, which returns per layer the detections of each image.
+    """
+    results = None
+    for image, target in dataset:  # one at a time: padding would change what a model sees
+        layers = detector([image], [target["original_size"]])
+        results = results or [[] for _ in layers]
+        for found, [detections] in zip(results, layers, strict=True):
+            found += coco_results(detections, target["image_id"], dataset.category_ids)
+    return [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
 
 
 def step(model, optimizer, images, targets):
@@ -199,7 +202,8 @@ class Run:
 
     def evaluate(self):
         """Write AP to the log, and at the end of training to eval.json, which says that the run has finished."""
-        scores = evaluate(self.model, self.val_set)
+        [scores] = score(lambda *batch: [detect(self.model, *batch)], self.val_set)
+        scores = {kind: scores[kind] for kind in ("box", "mask")}
         self.write(scores)
         box, mask = (scores[kind]["AP"] for kind in ("box", "mask"))
         print(f"iteration {self.iteration}: box AP {box}, mask AP {mask} after {self.seconds:.0f} s", flush=True)

@@ -13,9 +13,8 @@ from checkpoint import load_model, read_checkpoint
 from cli import run_program
 from data import CocoInstances
 from detections import detect
-from eval import average_precision
 from experiments.real_images import mask_rcnn
-from formats.coco import coco_paths, coco_results
+from formats.coco import coco_paths
 
 
 def open_run(folder):
@@ -36,17 +35,6 @@ def open_run(folder):
     return partial(detect, model, layers=layers), model.config.test_size
 
 
-def score(detector, dataset):
-    """[AP of each layer, as `average_precision` gives it] of a detector of `open_run`."""
-    results = None
-    for image, target in dataset:  # one at a time: padding would change what a model sees
-        layers = detector([image], [target["original_size"]])
-        results = results or [[] for _ in layers]
-        for found, [detections] in zip(results, layers, strict=True):
-            found += coco_results(detections, target["image_id"], dataset.category_ids)
-    return [average_precision(dataset.coco, found, dataset.image_ids) for found in results]
-
-
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="folder of the run; scores.json is written into it")
@@ -59,7 +47,7 @@ def main():
     torch.set_num_threads(1)
     detector, test_size = open_run(args.run)
     dataset = CocoInstances(*coco_paths(args.data_root, "val"), False, test_size)
-    (Path(args.run) / "scores.json").write_text(json.dumps(score(detector, dataset)) + "\n")
+    (Path(args.run) / "scores.json").write_text(json.dumps(mask_rcnn.score(detector, dataset)) + "\n")
 
 
 if __name__ == "__main__":
