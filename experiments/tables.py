@@ -285,7 +285,8 @@ def run(chosen, data, data_root, output, gpus):
             with ThreadPoolExecutor(1) as pool:  # which lets it save on Ctrl-C: subprocess.run alone would kill it
                 status = pool.submit(subprocess.run, words, cwd=ROOT).result().returncode
             if status or ("train.py" in command and not (folder / "eval.json").exists()):
-                sys.exit(f"experiments.tables: error: {row.table}, {row.name}: stopped before its end (status {status}); see above")
+                where = f"experiments.tables: error: {row.table}, {row.name}"
+                sys.exit(f"{where}: stopped before its end (status {status}); see above")
         table.write_text(markdown(chosen, data, output))
     print(f"{table}: written")
 
