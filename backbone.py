@@ -37,14 +37,13 @@ def build_backbone(name, frozen_batch_norm=True, grad_checkpoint=False):
     frozen_batch_norm: see `ResNet`. grad_checkpoint: store less in training, see `recompute`. Raises InputError for
     other names.
     """
-    try:
-        if name == "mobilenet_v2":
-            backbone = MobileNet(frozen_batch_norm)
-        else:
-            backbone = Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
-    except (ValueError, TypeError, AttributeError):  # torchvision has no such model, or it is no ResNet
-        names = f"resnet18, resnet50 or another ResNet of torchvision.models, mobilenet_v2, {', '.join(SWINS)}"
-        raise InputError(f"backbone {name!r}: choose {names}") from None
+    names = [*torchvision.models.list_models(include=["resne*", "wide_resne*"]), "mobilenet_v2", *SWINS]
+    if name not in names:
+        raise InputError(f"backbone {name!r}: choose {', '.join(names)}")
+    if name == "mobilenet_v2":
+        backbone = MobileNet(frozen_batch_norm)
+    else:
+        backbone = Swin(*SWINS[name]) if name in SWINS else ResNet(name, frozen_batch_norm)
     backbone.grad_checkpoint = grad_checkpoint
     return backbone
 
@@ -110,7 +109,7 @@ class ResNet(Backbone):
     def __init__(self, name, frozen_batch_norm=True):
         super().__init__()
         self.body = build_body(name, frozen_batch_norm)
-        # With GroupNorm a step on a CPU is a tenth shorter in the plain layout for images of 64 pixels, else no longer.
+        # With GroupNorm a CPU's step is a tenth shorter in the plain layout at 64 pixels, and as long at other sizes.
         self.memory_format = torch.channels_last if frozen_batch_norm else torch.contiguous_format
         self.body.to(memory_format=self.memory_format)
         self.channels = [stage[0].conv1.in_channels for stage in self.stages[1:]]

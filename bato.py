@@ -29,11 +29,11 @@ class BATO(nn.Module):
 
         heads, query_pos: the model's prediction heads and the decoder's position MLP; they are the networks of Eq. 5
         and 6. With `guidance` other than "q_bal" (Table 5) the tokens of that stage and their boxes stand for Q_bal.
-        Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, min(50, Q)).
+        Returns the `Features` with T_bal and F', and the indices of the guiding queries, int64 (B, G).
         """
         t_i, level_shapes, pixel_features = features
         best, guiding = select(queries.content, in_full_precision(heads.class_head, queries.content), self.num_guiding)
-        t_g_mask = heads.mask_head(best)  # Eq. 5, (B, 50, C)
+        t_g_mask = heads.mask_head(best)  # Eq. 5, (B, G, C), G = min(num_guiding, Q)
         t_g_box = query_pos(gather_tokens(queries.boxes.detach(), guiding))  # Eq. 6
         t_g = t_g_mask + t_g_box  # Eq. 7
         if not self.gtg:  # Table 6: without guiding token generation the queries are key and value

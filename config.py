@@ -17,12 +17,12 @@ def setting(default, meaning, least=1):
 class Config:
     """Every setting; the defaults are the released DI-MaskDINO with ResNet-50.
 
-    Raises InputError, a ValueError, for settings that do not go together. Without De-Imbalance only the last of
-    `selections` takes place, and is all that is kept.
+    Raises InputError, a ValueError, for values out of their range and settings that do not go together. Without
+    De-Imbalance only the last of `selections` takes place, and is all that is kept.
     """
 
     num_classes: int = setting(80, "Classes; training takes those of the data set.")
-    backbone: str = setting("resnet50", "A ResNet of torchvision.models, mobilenet_v2, or one of backbone.SWINS.")
+    backbone: str = setting("resnet50", "A ResNet of torchvision, mobilenet_v2, or a Swin: swin_t, ..., swin_l_384.")
     frozen_batch_norm: bool = setting(True, "Batch norm with fixed statistics; without: GroupNorm, from scratch.")
     hidden_dim: int = setting(256, "C, channels of tokens and queries.")
     num_heads: int = setting(8, "Attention heads.")
@@ -91,7 +91,7 @@ def check_value(entry, value):
     if get_origin(entry.type) is Literal and value not in get_args(entry.type):
         raise InputError(f"{entry.name} {value!r}: choose from {', '.join(map(str, get_args(entry.type)))}")
     least = entry.metadata["least"]
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:  # NaN is not
             raise InputError(f"{entry.name} {value}: must be {least} or more")
 

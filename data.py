@@ -101,14 +101,14 @@ class CocoInstances(Dataset):
         return read_image(self.image_dir / entry["file_name"], (entry["height"], entry["width"]))
 
 
-def resize_shorter(image, shorter=800, longer=1333):
+def resize_shorter(image, shorter, longer):
     """The image (3, H, W) with its shorter side `shorter` long, or less where the longer one would exceed `longer`."""
     height, width = image.shape[1:]
     scale = min(shorter / min(height, width), longer / max(height, width))
-    return F.resize(image, [max(1, round(pixels * scale)) for pixels in (height, width)], antialias=True)
+    return F.resize(image, [max(1, int(pixels * scale + 0.5)) for pixels in (height, width)], antialias=True)
 
 
-def eval_transform(shorter=800, longer=1333):
+def eval_transform(shorter, longer):
     """The test-time transform of an image alone: (3, H, W) uint8 -> float32 in [0, 1], see `resize_shorter`."""
     return lambda image: F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
 
@@ -176,16 +176,19 @@ def place_instances(segmentations, image_size, flip, resized, offset, window):
 
 def _place_polygons(polygons, image_size, flip, resized, offset, window):
     """One instance's box [(x0, y0), (x1, y1)] float64, and the pixels that it touches: the first (x, y) and an RLE."""
-    placed = []
+    placed, held = [], []
     for polygon in polygons:
         points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
         if flip:
             points[:, 0] = image_size[0] - points[:, 0]
-        points = clip_polygon(points * (resized / image_size) - offset, window)
-        if len(points) > 2:
-            placed.append(points)
+        points = points * (resized / image_size) - offset
+        clipped = clip_polygon(points, window)
+        own = clipped[~outer_corners(clipped, points, window)]
+        if len(own) > 2:
+            placed.append(clipped)
+            held.append(own)
     placed = placed or [np.zeros((3, 2))]  # without extent
-    points = np.concatenate(placed)
+    points = np.concatenate(held or placed)
     box = np.stack([points.min(0), points.max(0)])
     first, (width, height) = _pixels(box, window)
     # pycocotools rounds to fifths of a pixel; when that is done before the shift, the shift changes no pixel.
@@ -197,7 +200,7 @@ def clip_polygon(points, window):
     """The part of a polygon (n, 2) float64 within 0 <= x <= window[0] and 0 <= y <= window[1], (0, 2) if there is none.
 
     Sutherland and Hodgman, "Reentrant polygon clipping" (1974): one side is cut after the other. The parts of a concave
-    polygon remain joined by edges on the sides, which enclose nothing.
+    polygon remain joined by edges on the sides, which enclose nothing but may go to `outer_corners`.
     """
     for axis, bound, sign in ((0, 0, 1), (0, window[0], -1), (1, 0, 1), (1, window[1], -1)):
         depth = sign * (points[:, axis] - bound)  # of each corner inside the side
@@ -212,6 +215,19 @@ def clip_polygon(points, window):
         crossings[:, axis] = bound
         points = np.stack([points, crossings], axis=1)[np.stack([inside, cut], axis=1)]
     return points
+
+
+def outer_corners(clipped, polygon, window):
+    """Which points of `clipped` (n, 2), what `clip_polygon` has made of a polygon (m, 2), are no part of it, bool (n,).
+
+    These are corners of the window around which the outline runs on the outside.
+    """
+    corners = ((clipped == 0) | (clipped == window)).all(1)
+    for i in np.flatnonzero(corners):
+        spokes = (polygon - clipped[i].clip(1e-6, window - 1e-6)) @ (1, 1j)  # from a little within to each vertex
+        turns = np.angle(np.roll(spokes, -1) / spokes).sum() / (2 * np.pi)  # of the outline about it
+        corners[i] = abs(turns) < 0.5 and not (polygon == clipped[i]).all(1).any()
+    return corners
 
 
 def _place_rle(rle, image_size, flip, resized, offset, window):
@@ -281,8 +297,8 @@ def seed_of(*numbers):
 def train_keys(num_images, batch_size, seed, start=0, rank=0, world=1):
     """Endless batches of (index, seed of the augmentation), the keys of a process's items, after `start` images.
 
-    The epochs' permutations, one behind the other, are cut into batches of `batch_size`, of which process `rank` of
-    `world` takes its share; so a batch is of the same images whatever the number of processes.
+    The epochs' permutations, one behind the other, are cut into batches of `batch_size` images, of which
+    process `rank` of `world` takes its share; so a batch is of the same images whatever the number of processes.
     """
 
     @lru_cache(maxsize=1)

@@ -46,8 +46,9 @@ def detect(model, images, output_sizes=None, layers=(None,), topk=100, score_thr
 
 
 def postprocess(outputs, image_sizes, output_sizes, topk=100, score_threshold=0.0, encode=None):
-    """Detections of the last layer, at most `topk` per image, best first.
+    """Detections of a set of predictions, at most `topk` per image, best first.
 
+    outputs          pred_logits, pred_boxes, mask_embeddings and pixel_features, as `DIMaskDINO.forward` returns them
     image_sizes      (H, W) of every image before padding, as the model saw it
     output_sizes     (H, W) that boxes and masks are wanted in
     score_threshold  0 to 1; detections with a lower score are left out

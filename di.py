@@ -39,7 +39,7 @@ def select(tokens, class_logits, k):
     Returns the selected tokens (B, min(k, S), C) and their indices, int64 (B, min(k, S)).
     """
     scores = class_logits.amax(-1)
-    if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK takes the earlier of equal ones
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, its TopK takes the earlier of equal ones; .pt2 any
         # Not min(k, S): of it torch.export makes a symbol, and so of every size that follows.
         indices = scores.topk(k if scores.shape[1] >= k else scores.shape[1], dim=1).indices
     else:
@@ -185,5 +185,5 @@ class DeImbalance(nn.Module):
         predictions = heads(t_s1, boxes, features.pixel_features)
         if self.box_init != "head":
             with torch.no_grad():  # so that nobody stores the masks
-                boxes = boxes_from_masks(heads.masks(predictions), self.box_init)
+                boxes = boxes_from_masks(heads.masks(predictions), self.box_init).to(boxes)
         return Queries(t_s1.detach(), inverse_sigmoid(boxes.detach()).sigmoid()), predictions, indices

@@ -74,13 +74,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.grad_checkpoint = config.grad_checkpoint
         C = config.hidden_dim
-        norm = lambda: nn.GroupNorm(32, C)  # noqa: E731
         used = channels[5 - config.num_levels :]  # C3...C5 or C2...C5
-        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, C, 1), norm()) for c in used)
-        self.input_proj.append(nn.Sequential(nn.Conv2d(channels[-1], C, 3, stride=2, padding=1), norm()))  # C6
+        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, C, 1), nn.GroupNorm(32, C)) for c in used)
+        c6 = nn.Conv2d(channels[-1], C, 3, stride=2, padding=1)
+        self.input_proj.append(nn.Sequential(c6, nn.GroupNorm(32, C)))
         self.level_embed = nn.Parameter(torch.randn(len(self.input_proj), C))  # fine to coarse
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), norm())
+        self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), nn.GroupNorm(32, C))
         self.output = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), GroupNorm(32, C), nn.ReLU(True))
         self.pixel_proj = nn.Conv2d(C, C, 1)
         xavier_matrices_(self.layers)

@@ -66,7 +66,10 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(self, sets, targets):
-        """Costs (B, T, n) of all pairs, T queries of all sets side by side; no meaning past an image's own targets."""
+        """Costs (B, T, n) of all pairs, T queries of all sets side by side; no meaning past an image's own targets.
+
+        Arguments as for `forward`.
+        """
         logits, boxes = full_precision([join(sets, "pred_logits"), join(sets, "pred_boxes")])
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)  # (B, n)
         wanted = pad_sequence([t["boxes"] for t in targets], batch_first=True).to(boxes)  # (B, n, 4)

@@ -21,7 +21,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 def build_model(preset="dimaskdino_r50", **overrides):
     """Returns a randomly initialised model of a preset; overrides are fields of `Config`, e.g. num_classes=8.
 
-    Raises ValueError for an unknown preset, TypeError for an unknown field.
+    Raises ValueError for an unknown preset or values that cannot be used, TypeError for an unknown field.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -54,8 +54,8 @@ class DIMaskDINO(nn.Module):
         `decoder.masks` makes mask logits. Beside it aux_outputs, a list of such sets: of the decoder's input and each
         layer but the last; interm_outputs: that of the first selection; di_outputs, a list: class and box after each
         interaction layer; selections, a list of int64 (B, k), each among the tokens before it; guiding, int64 (B, k),
-        None without BATO; in training with targets dn_outputs: the set of the denoising queries, with its aux_outputs
-        and num_groups.
+        None without BATO; in training, where there are denoising queries, dn_outputs: the set of these, with its
+        aux_outputs and num_groups.
         """
         heads, decoder = self.heads, self.decoder
         features = self.encoder(self.backbone(self.batch(images)))  # Sec. 3.2.1: T_i and F
@@ -120,5 +120,5 @@ def fault(image, dims):
         return f"a tensor of {image.dtype}, shape {tuple(image.shape)}"
     if image.device.type == "cpu":  # to look at values on a GPU would make the program wait for it
         low, high = image.aminmax()
-        if low < -0.5 or high > 1.5:  # resizing may overshoot a little
+        if not (low >= -0.5 and high <= 1.5):  # NaN is neither; resizing may overshoot a little
             return f"values from {low:.3g} to {high:.3g}"

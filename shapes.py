@@ -157,7 +157,7 @@ def _coverage(outlines, radius, angle):
 
 
 def _texture(rng, size, saturation, value):
-    """A random texture (size, size, 3) float32 in 0...255 around a random colour with HSV ranges in [0, 1]."""
+    """A random texture (size, size, 3) float32, about 0...255, around a random colour with HSV ranges in [0, 1]."""
     colour = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)))
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 20)
     y, x = np.mgrid[:size, :size].astype(np.float32)

@@ -227,6 +227,9 @@ FLAGS = {  # what is wrong: the program and its data, the flags, what the line s
     "start from nothing": ("train coco", ["--init", "DIR/none.pt"], "none.pt: no such file"),
     "backbone from nothing": ("train coco", ["--backbone-weights", "DIR/swin.pth"], "swin.pth"),
     "output in a file": ("train coco", ["--output", "DIR/coco.pt/out"], "coco.pt"),
+    "no classifier as backbone": (
+        "train coco", ["--backbone", "fasterrcnn_resnet50_fpn"], "backbone 'fasterrcnn_resnet50_fpn': choose "
+    ),
     "unknown backbone": ("train coco", ["--backbone", "vgg16"], "backbone 'vgg16': choose "),
 }  # fmt: skip
 if not torch.cuda.is_available():

@@ -45,6 +45,7 @@ def parse(*flags, preset="tiny"):
         ({"gtg": False, "bato": False}, "gtg False: .* bato must be on"),
         ({"decoder_layers": 1}, "decoder_layers 1: .* give 2 or more"),
         ({"box_loss_scale": float("nan")}, "box_loss_scale nan: must be 0 or more"),
+        ({"selections": [60, -5]}, "selections .60, -5.: must be 1 or more"),
         ({"loss_points": 0}, "loss_points 0: must be 1 or more"),
         ({"denoising_queries": -1}, "denoising_queries -1: must be 0 or more"),
     ],

@@ -322,6 +322,23 @@ def test_crops_cut_boxes_and_masks_of_the_whole_image():
                 assert (torch.stack([columns.max(), rows.max()]) < crop_box[2:] + 1).all()
 
 
+def test_boxes_of_outlines_that_run_around_a_corner_of_the_crop():
+    """What lies outside the crop widens no box, and is no instance alone, whichever side is cut first."""
+    image = torch.zeros(3, 300, 300, dtype=torch.uint8)
+    around = np.array([(30, 50), (30, 60), (-20, 60), (-20, -20), (60, -20), (60, -10), (-10, -10), (-10, 50)])
+    cup = np.array([(-9, -9), (109, -9), (109, 109), (-9, 109), (-9, 99), (99, 99), (99, -9)])
+    outside = np.array([(-9, -9), (109, -9), (109, 109), (105, 109), (105, -4), (-4, -4), (-4, 109), (-9, 109)])
+    tip = np.array([(0, 0), (200, 90), (200, 98)])  # a vertex on the corner itself
+    polygons = [around, around[:, ::-1], 100 - around, cup, outside, tip, np.array([(-9, -9), (-9, 209), (209, -9)])]
+    segmentations = [[(100 + polygon).ravel().tolist()] for polygon in polygons]
+    _, boxes, masks, kept = augment(image, segmentations, False, (300, 300), (100, 100), 100)
+    assert kept.tolist() == [0, 1, 2, 3, 5, 6]
+    whole = (0, 0, 100, 100)
+    expected = [(0, 50, 30, 60), (50, 0, 60, 30), (70, 40, 100, 50), whole, (0, 0, 100, 49), whole]
+    assert boxes.tolist() == [list(box) for box in expected]
+    assert masks[:2].flatten(1).sum(1).tolist() == [300, 300]
+
+
 def test_instances_without_extent_are_left_out_and_those_without_a_pixel_kept():
     image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
     square = lambda x, y, side: [[x, y, x + side, y, x + side, y + side, x, y + side]]  # noqa: E731
@@ -441,10 +458,16 @@ def test_same_seed_same_sample_and_other_seed_another(tmp_path):
 
 @pytest.mark.parametrize(
     "size, expected",
-    [((480, 640), (800, 1067)), ((427, 640), (800, 1199)), ((100, 1000), (133, 1333)), ((1000, 20), (1333, 27))],
+    [
+        ((480, 640), (800, 1067)),
+        ((427, 640), (800, 1199)),
+        ((320, 640), (667, 1333)),
+        ((100, 1000), (133, 1333)),
+        ((1000, 20), (1333, 27)),
+    ],
 )
 def test_evaluation_resize(size, expected):
-    image = eval_transform()(torch.full((3, *size), 51, dtype=torch.uint8))
+    image = eval_transform(800, 1333)(torch.full((3, *size), 51, dtype=torch.uint8))
     assert image.shape == (3, *expected) and image.dtype == torch.float32 and (image - 0.2).abs().max() < 1e-6
 
 

@@ -136,6 +136,13 @@ def test_a_double_model_has_no_float32_tensor_inside(variant):
     assert {layer[name].dtype for layer in layers for name in PREDICTIONS} == {torch.float64}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_a_half_type_keeps_it(dtype, variant):
+    with torch.no_grad():
+        outputs = small_model(**variant).to(dtype).eval()(torch.rand(2, 3, 64, 50, dtype=dtype))
+    assert {outputs[name].dtype for name in PREDICTIONS} == {dtype}
+
+
 def test_batch_normalises_and_then_pads():
     model = small_model()
     images = [torch.rand(3, 40, 33), torch.rand(3, 64, 20)]
