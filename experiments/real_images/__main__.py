@@ -190,7 +190,7 @@ def plot(runs, path):
         axes.set(title=f"{kind} AP", xlabel="minutes of computing on one core")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("AP, percent")
-    panels[0].legend(loc="upper left")
+    panels[0].legend(loc="lower right")
     figure.savefig(path, dpi=130)
 
 
