@@ -168,8 +168,8 @@ def released_state_dict(state, config):
     released = {name: state[ours] for name, ours in names.items()}
     # What shapes show is right in it; the rest has to be as in a released model.
     ours, known = asdict(config), asdict(read_config(released))
-    fields = "backbone frozen_batch_norm hidden_dim num_heads num_points bato gtg position_tokens selections".split()
-    if different := [f"{field} {ours[field]}" for field in fields if ours[field] != known[field]]:
+    fields = "backbone frozen_batch_norm hidden_dim num_heads num_points selections position_tokens bato gtg guidance"
+    if different := [f"{f} {ours[f]}" for f in [*fields.split(), "num_guiding"] if ours[f] != known[f]]:
         raise ConversionError(f"the released code has no model with {', '.join(different)}")
     return released
 

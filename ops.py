@@ -139,9 +139,9 @@ def ms_deform_attn(value, level_shapes, sampling_locations, attention_weights):
     attention_weights   (B, Q, M, L, P)
 
     float32, float64, bfloat16 or float16; with a half-precision value the locations and the weights may
-    be float32. Returns (B, Q, M*D) in the dtype of `value`. Raises RuntimeError for shapes, dtypes or devices that do
-    not go together. Runs the compiled op of csrc, or plain PyTorch where that is not built and in what is made to run
-    elsewhere, by torch.export, torch.onnx.export and torch.jit.trace. Sizes may be symbolic, as these make them.
+    be float32. Returns (B, Q, M*D) in the dtype of `value`. Runs the compiled op of csrc, which raises RuntimeError for
+    shapes, dtypes or devices that do not go together; or plain PyTorch where that is not built and in what is made to
+    run elsewhere, by torch.export, torch.onnx.export and torch.jit.trace. Sizes may be symbolic, as these make them.
     """
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
     if exporting or not has_op(value.device):

@@ -57,7 +57,9 @@ class BuildOp(cpp_extension.BuildExtension):
             super().run()
         except (Exception, SystemExit) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"setup.py: {self.extensions[0].name} is not built ({reason}); {INSTEAD}")
+            name = self.extensions[0].name
+            old = Path(self.get_ext_filename(name)).exists() and "the one built before stays in use"
+            print(f"setup.py: {name} is not built ({reason}); {old or INSTEAD}")
 
     def build_extensions(self):
         compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]

@@ -43,7 +43,7 @@ RECIPES = {
     "24ep": Recipe(177_000, 16, (147_500,)),
     "50ep": Recipe(368_750, 16, (327_778, 355_092)),
     "bdd68ep": Recipe(59_500, 8, (43_750,)),  # BDD100K: 68 epochs of 7,000 images, the drop at epoch 50
-    "small": Recipe(3_263, 8, (2_600, 3_100), lr=4e-4, warmup=50, epochs=60),  # 60 epochs of 435 images
+    "small": Recipe(3_263, 8, (2_600, 3_100), lr=8e-4, warmup=50, epochs=60),  # 60 epochs of 435 images
     "tiny": Recipe(1_500, 16, (1_200, 1_425), lr=1e-3, backbone_factor=1.0, warmup=100),  # 12 epochs of `shapes`
 }
 
@@ -70,7 +70,7 @@ def parse_arguments(argv=None):
     batch = "Images per forward pass, over all processes (default: 16; bdd68ep, small: 8)."
     add("--batch-size", type=cli.positive, help=batch)
     add("--accumulate", type=cli.positive, default=1, metavar="N", help="Batches per optimizer step (default: 1).")
-    rate = "The learning rate (default: 1e-4; small: 4e-4; tiny: 1e-3; for other batch sizes in proportion)."
+    rate = "The learning rate (default: 1e-4; small: 8e-4; tiny: 1e-3; for other batch sizes in proportion)."
     add("--lr", type=cli.not_negative, help=rate)
     backbone = "That of the backbone; 0 freezes it (default: a tenth of --lr; tiny: the same)."
     add("--backbone-lr", type=cli.not_negative, help=backbone)

@@ -83,8 +83,11 @@ def is_pickle(path):
         return False
 
 
+LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)  # the first bytes of torch.save's files before 1.6
+
+
 def open_weights(path, trust_pickle=False):
-    """What a file of torch.save or safetensors, or a plain pickle with the suffix .pkl, holds; tensors on the CPU.
+    """What a file of torch.save or safetensors, or a plain pickle, holds; tensors on the CPU.
 
     Raises InputError for what cannot be read, and without `trust_pickle` for a file that only Python's pickle can open,
     since that runs whatever program the file holds.
@@ -104,13 +107,15 @@ def open_weights(path, trust_pickle=False):
     with explaining(Exception, f"{path}: not a readable checkpoint, perhaps truncated"):
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix != ".pkl":
-            with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
-                return torch.load(path, map_location="cpu", weights_only=True)
-        if trust_pickle and path.suffix != ".pkl":
-            return torch.load(path, map_location="cpu", weights_only=False)
-        if trust_pickle:
-            with open(path, "rb") as file:
+        with open(path, "rb") as file:
+            of_torch = zipfile.is_zipfile(file) or file.seek(0) == 0 and file.read(len(LEGACY)) == LEGACY
+            if of_torch:
+                with contextlib.suppress(pickle.UnpicklingError):  # it holds more than tensors, or is damaged
+                    return torch.load(path, map_location="cpu", weights_only=True)
+            if trust_pickle and of_torch:
+                return torch.load(path, map_location="cpu", weights_only=False)
+            if trust_pickle:
+                file.seek(0)
                 return pickle.load(file, encoding="latin1")  # as Detectron2 does: some of its files come from Python 2
         if not is_pickle(path):
             raise ValueError("no whole file of torch.save")
@@ -146,10 +151,10 @@ def find_weights(path, content):
         if str(name) != "n_averaged":  # of torch.optim.swa_utils.AveragedModel
             bare = re.sub(r"^((module|model)\.)*", "", str(name).replace("_orig_mod.", ""))
             if bare in weights:
-                raise InputError(f"{path}: holds {bare} twice, once as {name}; give a file with one model")
+                raise InputError(f"{path}: holds {bare} twice, with and without a prefix; give a file with one model")
             weights[bare] = torch.as_tensor(value)
     for name, value in weights.items():
-        if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        if value.is_floating_point() and value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
             raise InputError(f"{path}: {name} holds NaN or infinity: its training diverged, or it is damaged")
     return weights
 
@@ -191,7 +196,8 @@ def load_backbone_weights(backbone, source, trust_pickle=False):
 
     Raises InputError, which lists entries that are missing, unknown or misshapen, ten of each kind at most.
     """
-    weights = download_weights(source) if "_Weights." in str(source) else read_weights(source, trust_pickle)
+    named = "_Weights." in str(source) and not Path(source).exists()
+    weights = download_weights(source) if named else read_weights(source, trust_pickle)
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if not NOT_BACKBONE.match(name)}
     state = backbone.state_dict()

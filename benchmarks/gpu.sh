@@ -10,6 +10,7 @@ python=${PYTHON:-.venv/bin/python}
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 device=${DEVICE:-cuda}
 if [ "$device" = cuda ]; then
+  rm -f _C_cuda.torch-*.so  # else one of older sources would be measured where the build fails
   "$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("benchmarks/gpu.sh: torch sees no GPU")'
   "$python" setup.py --quiet build_ext --inplace
 fi

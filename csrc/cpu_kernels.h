@@ -77,9 +77,9 @@ INLINE void store_one(BFloat16* p, float v) {
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(Index, a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(Index, a, b, i, j, k, l) __builtin_shuffle(a, b, Index{i, j, k, l})
+#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
 INLINE Float4 narrow(const Float8& v) {  // lane k + lane k + 4
@@ -106,13 +106,8 @@ template <typename A> INLINE void add_sums(A* out, const typename VectorOf<A>::T
 // (x, y) pairs to vectors of x and of y
 INLINE void split_pairs(const float* p, Float8& x, Float8& y) {
   const Float8 a = load(p), b = load(p + 8);
-#if defined(__clang__) || __GNUC__ >= 12
-  x = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-  y = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-  x = __builtin_shuffle(a, b, Int8{0, 2, 4, 6, 8, 10, 12, 14});
-  y = __builtin_shuffle(a, b, Int8{1, 3, 5, 7, 9, 11, 13, 15});
-#endif
+  x = SHUFFLE(Int8, a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  y = SHUFFLE(Int8, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 INLINE void split_pairs(const double* p, Double4& x, Double4& y) {
   const Double4 a = load(p), b = load(p + 4);

@@ -170,21 +170,15 @@ void backward(const Call<T>& call, const at::Tensor& grad_output, const at::Tens
         head.packed = data<A>(packed);
         head.value_stride = channels;
       }
-      T* result = data<T>(grad_value) + call.first_value(b, m) + token * sizes.heads * channels;
-      if (separate_sums) {
-        head.grad_value = data<A>(sums);
-        head.grad_value_stride = channels;
-        A* first_sum = head.grad_value + token * channels;
-        std::fill(first_sum, first_sum + tokens * channels, A(0));
-        kernels<T>().backward(head, 0, sizes.queries, scratch.data());
-        copy_rows(first_sum, channels, result, sizes.heads * channels, tokens, channels);
-      } else if constexpr (std::is_same_v<T, A>) {
-        head.grad_value = data<A>(grad_value) + call.first_value(b, m);
-        head.grad_value_stride = sizes.heads * channels;
-        for (int64_t s = 0; s < tokens; ++s)
-          std::fill(result + s * head.grad_value_stride, result + s * head.grad_value_stride + channels, A(0));
-        kernels<T>().backward(head, 0, sizes.queries, scratch.data());
-      }
+      head.grad_value = separate_sums ? data<A>(sums) : data<A>(grad_value) + call.first_value(b, m);
+      head.grad_value_stride = separate_sums ? channels : sizes.heads * channels;
+      for (int64_t s = token; s < token + tokens; ++s)
+        std::fill_n(head.grad_value + s * head.grad_value_stride, channels, A(0));
+      kernels<T>().backward(head, 0, sizes.queries, scratch.data());
+      if (separate_sums)
+        copy_rows(head.grad_value + token * channels, channels,
+                  data<T>(grad_value) + call.first_value(b, m) + token * sizes.heads * channels,
+                  sizes.heads * channels, tokens, channels);
     }
   });
 }

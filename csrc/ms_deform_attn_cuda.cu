@@ -391,7 +391,7 @@ template <typename T> struct Call {
   template <typename U> static U* data(const at::Tensor& tensor) { return static_cast<U*>(tensor.data_ptr()); }
 };
 
-// Calls f(T(), N) with the type of the values and the number of channels of a thread.
+// Calls f with a value of the type of the values.
 template <typename F> void for_dtype(at::ScalarType dtype, const F& f) {
   if (dtype == at::kFloat) f(float());
   else if (dtype == at::kDouble) f(double());

@@ -24,7 +24,7 @@ def bdd100k_paths(root, split):
 
 
 def read_bdd100k(bitmask_dir, image_dir):
-    """Load and check a split of BDD100K's instance segmentation; the same dictionary as from `read_annotations`.
+    """Load and check a split of BDD100K's instance segmentation; a dictionary as from `read_annotations`.
 
     A bitmask is an RGBA PNG beside the JPEG of the same name: R category 1...8, G flags, B * 256 + A instance id, all
     zero in the background (https://doc.bdd100k.com/format.html#bitmask). Image ids are 1, 2, ... in the order of the

@@ -97,9 +97,10 @@ def read_annotations(annotation_file, image_dir, need_annotations=True):
                   and bbox (x, y, width, height) also where the file has none; segmentation: polygons as float64 arrays
                   (lists of floats would be copied into every loader process that touches them) or compressed RLE
 
-    Ids that are integers are kept (1, 1.0 and "1" are the same), texts are numbered. Annotations that enclose nothing
-    or belong to no image of the file are left out with a warning. With need_annotations=False a file without
-    annotations is fine. Raises DataError, which names the file and the first annotation or image in question.
+    Ids are kept where all of a table are integers below 2**53 (1, 1.0 and "1" are the same), and else numbered.
+    Annotations that enclose nothing or belong to no image of the file are left out with a warning. With
+    need_annotations=False a file without annotations is fine. Raises DataError, which names the file and the first
+    annotation or image in question.
     """
     collecting = gc.isenabled()
     gc.disable()  # millions of new lists, no cycles: the collector would need as long as the parser

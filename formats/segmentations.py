@@ -57,7 +57,7 @@ def _check_box(annotation, bounds, visible):
     except (TypeError, ValueError, OverflowError):
         yield REFUSED, f"box {short(given)} (x, y, width, height) is not a list of four numbers"
         return
-    if all(map(math.isnan, box)):
+    if not given:
         x0, y0, x1, y1 = visible
         annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
     elif not (width > 0 and height > 0 and math.isfinite(sum(box))):

@@ -72,11 +72,15 @@ class Process:
     def signal(self, number):
         os.kill(self.process.pid, number)
 
-    def until(self, condition):
+    def until(self, condition, timeout=120):
         """Wait until `condition()` is true; it must become so before the process ends."""
+        end = time.monotonic() + timeout
         while not condition():
             time.sleep(0.02)
             assert self.process.is_alive() or condition(), self.err
+            if time.monotonic() > end:
+                self.process.kill()
+                raise TimeoutError(f"not so after {timeout} s: {self.err}")
 
     out = property(lambda self: Path(f"{self.output}.out").read_text())
     err = property(lambda self: Path(f"{self.output}.err").read_text())

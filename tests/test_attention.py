@@ -589,11 +589,11 @@ def test_sine_embedding():
 def test_sine_position_and_box_order():
     """Half the channels for y and then half for x; a box's are y, x, w, h."""
     position = sine_position(3, 5, 8, like=torch.zeros(1, dtype=torch.float64)).view(3, 5, 8)
-    rows = sine_embedding(torch.tensor([1, 2, 3]) / (3 + 1e-6), 4).double()
-    columns = sine_embedding(torch.tensor([1, 2, 3, 4, 5]) / (5 + 1e-6), 4).double()
+    rows = sine_embedding(torch.tensor([1, 2, 3]).double() / (3 + 1e-6), 4)
+    columns = sine_embedding(torch.tensor([1, 2, 3, 4, 5]).double() / (5 + 1e-6), 4)
     assert position.dtype == torch.float64
-    torch.testing.assert_close(position[..., :4], rows[:, None].expand(3, 5, 4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(position[..., 4:], columns[None].expand(3, 5, 4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(position[..., :4], rows[:, None].expand(3, 5, 4))
+    torch.testing.assert_close(position[..., 4:], columns[None].expand(3, 5, 4))
     box = torch.tensor([0.1, 0.2, 0.3, 0.4])
     expected = torch.cat([sine_embedding(box[i], 16) for i in (1, 0, 2, 3)])
     torch.testing.assert_close(sine_box(box, 32), expected)

@@ -65,7 +65,7 @@ def test_golden(preset):
         [detections] = postprocess(model.eval()([image]), [(256, 320)], [(256, 320)])
 
     for path in (REDUCED / f"{preset}.npz", FULL / f"{preset}.npz"):
-        if not path.exists():
+        if path.parent == FULL and not path.exists():
             continue
         golden = np.load(path)
         for level, x in enumerate(maps, start=2):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -450,11 +451,15 @@ def test_stale_shapes_are_made_anew(tmp_path, monkeypatch):
 # Devices, precision and processes
 
 
-def test_precision():
+def test_precision(monkeypatch):
     cpu = torch.device("cpu")
     dtypes = {name: cli.autocast_dtype(name, cpu) for name in ("auto", "float32", "bfloat16", "published")}
     assert dtypes == {"auto": None, "float32": None, "bfloat16": torch.bfloat16, "published": torch.float16}
     assert cli.autocast_dtype("float16", torch.device("cuda")) == torch.float16
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert cli.autocast_dtype("auto", torch.device("cuda")) == dtype
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     cli.choose_device("cpu")
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is False
 
@@ -496,17 +501,17 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         cli.choose_device("cuda:2")
 
 
-def talk(rank):
+def talk(rank, output):
     """One of three processes: they exchange values, agree on an error, and find out that one has gone."""
     assert distributed.join_processes(torch.device("cpu"))[1:] == (rank, rank, 3)
     assert distributed.gather(rank * 10) == [0, 10, 20] and distributed.together(lambda: rank) == rank
     distributed.say(f"said by {rank}")
     distributed.require_same(lr=1.0)
     distributed.PATIENCE = 0.1
-    if rank == 2:
-        time.sleep(0.5)
-        return  # gone, without a word
-    cli.run_program(lambda: distributed.gather(None))
+    while rank == 2 and not all("has waited" in Path(f"{output}.{other}.err").read_text() for other in (0, 1)):
+        time.sleep(0.01)
+    if rank < 2:  # 2 is gone, without a word
+        cli.run_program(lambda: distributed.gather(None))
 
 
 def disagree(rank):
@@ -519,9 +524,36 @@ def disagree(rank):
     cli.run_program(lambda: distributed.together(step))
 
 
+def as_first_process():
+    os.getpid = lambda: 1
+    cli.run_program(lambda: (print("here", flush=True), time.sleep(60)))
+
+
+def test_the_first_process_of_a_container_heeds_sigterm(tmp_path):
+    process = Process(as_first_process, output=tmp_path / "first")
+    process.until(lambda: "here" in process.out)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 143
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (RuntimeError("Too many open files."), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+    ],
+)
+def test_limits_of_the_machine_are_one_line(error, says):
+    assert says in cli.reason_of(error)
+
+
 def test_processes_agree(tmp_path):
-    start = lambda function: lambda rank, **options: Process(function, rank, **options)  # noqa: E731
-    processes = group(start(talk), tmp_path / "talk", world=3)
+    start = lambda function, *more: lambda rank, **options: Process(function, rank, *more, **options)  # noqa: E731
+    processes = group(start(talk, tmp_path / "talk"), tmp_path / "talk", world=3)
     assert [process.wait() for process in processes] == [1, 1, 0]
     assert [process.out for process in processes] == ["said by 0\n", "", ""]
     for rank in (0, 1):

@@ -43,6 +43,7 @@ def parse(*flags, preset="tiny"):
         ({"box_init": "boxes"}, "box_init 'boxes': choose from mask, bitmask, head"),
         ({"position_tokens": "none"}, "position_tokens 'none': choose from boxes, random"),
         ({"gtg": False, "bato": False}, "gtg False: .* bato must be on"),
+        ({"decoder_layers": 0}, "decoder_layers 0: must be 1 or more"),
         ({"decoder_layers": 1}, "decoder_layers 1: .* give 2 or more"),
         ({"box_loss_scale": float("nan")}, "box_loss_scale nan: must be 0 or more"),
         ({"selections": [60, -5]}, "selections .60, -5.: must be 1 or more"),

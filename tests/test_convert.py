@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,8 +223,11 @@ def test_models_that_were_not_released_are_not_reverted():
         released_state_dict(DIMaskDINO(config).state_dict(), config)
     with pytest.raises(ConversionError, match="no model with backbone mobilenet_v2"):
         released_state_dict({}, PRESETS["small"])
+    state = convert_state_dict(checkpoint("dimaskdino_r50"))
+    for other in ({"guidance": "t_s2"}, {"num_guiding": 7}):  # which no shape shows
+        with pytest.raises(ConversionError, match="no model with [gn]"):
+            released_state_dict(state, replace(PRESETS["dimaskdino_r50"], **other))
     with pytest.raises(ConversionError, match="missing: bato.norm.weight"):
-        state = convert_state_dict(checkpoint("dimaskdino_r50"))
         del state["bato.norm.weight"]
         released_state_dict(state, PRESETS["dimaskdino_r50"])
 
@@ -332,6 +336,16 @@ class Trap:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_is_told_by_what_is_in_it(legacy, tmp_path):
+    """A file of torch.save named as a pickle needs no trust; a pickle named as such a file opens with it."""
+    weights = {"a.weight": torch.rand(2, 3), "b": torch.rand(4).to(torch.half if legacy else torch.float8_e4m3fn)}
+    torch.save(weights, tmp_path / "w.pkl", _use_new_zipfile_serialization=not legacy)
+    assert torch.equal(read_weights(tmp_path / "w.pkl")["a.weight"], weights["a.weight"])
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a.weight": weights["a.weight"].numpy()}))
+    assert torch.equal(read_weights(tmp_path / "w.pth", trust_pickle=True)["a.weight"], weights["a.weight"])
 
 
 @pytest.mark.parametrize("file", ["official.pkl", "official.pth"])

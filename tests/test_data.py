@@ -50,16 +50,6 @@ def test_polygon_and_both_rle_forms_give_the_same_target(tmp_path, segmentation)
     assert target["labels"].dtype == torch.int64 and target["labels"].tolist() == [0]
 
 
-def test_rle_with_many_runs_passes_the_check_and_decodes(tmp_path):
-    mask = (np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.3).astype(np.uint8)
-    mask[:, 20:] = 0  # one long run: several characters in the compressed form, and a large negative difference before
-    for i, segmentation in enumerate([uncompressed_rle(mask), compressed_rle(mask), compressed_rle(1 - mask)]):
-        (tmp_path / str(i)).mkdir()
-        arguments = write(tmp_path / str(i), dataset([annotation(1, segmentation, bbox=[0, 0, 40, 30])]))
-        target = CocoInstances(*arguments, training=True, test_size=SAME_SIZE)[0][1]
-        assert torch.equal(target["masks"][0], torch.from_numpy(mask if i < 2 else 1 - mask).bool())
-
-
 def test_classes_labels_crowds_and_images_without_instances(tmp_path):
     crowd = annotation(3, uncompressed_rle(square_mask()), image_id=2, iscrowd=1)
     arguments = write(tmp_path, dataset([annotation(1, category_id=90), annotation(2), crowd]))
@@ -209,12 +199,12 @@ def test_augmentation_is_that_of_the_released_code():
         assert image.dtype == torch.uint8 and image.shape == (3, 1024, 1024)
         assert [data.labels[annotations[i]["category_id"]] for i in kept] == case["labels"].tolist()
         assert kept.tolist() == sorted(set(kept.tolist()))
-        assert np.abs(boxes.numpy() - case["boxes"]).max(initial=0) < 1e-3
+        np.testing.assert_allclose(boxes.numpy(), case["boxes"], rtol=0, atol=1e-4)
         for mask, counts in zip(masks.numpy(), case["rle"], strict=True):
-            expected = mask_utils.decode({"size": [1024, 1024], "counts": bytes(counts)}).astype(bool)
-            assert overlap(mask, expected) >= (0.99 if expected.sum() >= 100 else 0.95)
+            assert np.array_equal(mask, mask_utils.decode({"size": [1024, 1024], "counts": bytes(counts)}))
         blocks = image.float().unflatten(2, (32, 32)).unflatten(1, (32, 32)).mean((2, 4))
-        assert (blocks - torch.from_numpy(golden[f"{number}_blocks"]).float()).abs().max() < 1.5
+        # The golden ones are float16, within 1/16; decoders of JPEG may round differently.
+        assert (blocks - torch.from_numpy(golden[f"{number}_blocks"]).float()).abs().max() < 0.25
         seen += len(kept)
     assert seen > 60
 

@@ -10,14 +10,14 @@ from encoder import Features
 
 
 def test_masks_are_dot_products_with_the_pixel_features():
-    heads = toys.model().heads
-    x, features = torch.randn(2, 5, 64), torch.randn(2, 64, 4, 6)
-    found = masks(heads(x, torch.rand(2, 5, 4), features))
+    heads = toys.model().double().heads
+    x, features = torch.randn(2, 5, 64).double(), torch.randn(2, 64, 4, 6).double()
+    found = masks(heads(x, torch.rand(2, 5, 4).double(), features))
     embeddings = heads.mask_head(heads.norm(x))
     for b in range(2):
         for q in range(5):
             expected = (embeddings[b, q][:, None, None] * features[b]).sum(0)
-            torch.testing.assert_close(found[b, q], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[b, q], expected)
 
 
 def test_boxes_look_forward_twice():
@@ -31,9 +31,9 @@ def test_boxes_look_forward_twice():
 @pytest.fixture
 def layers():
     """A decoder with its heads, `Features` and `Queries`."""
-    model = toys.model(decoder_layers=3)
-    features = Features(torch.randn(1, 22, 64), [(1, 1), (1, 1), (2, 2), (4, 4)], torch.randn(1, 64, 8, 8))
-    return model.decoder, model.heads, features, Queries(torch.randn(1, 6, 64), torch.rand(1, 6, 4))
+    model, shapes = toys.model(decoder_layers=3).double(), [(1, 1), (1, 1), (2, 2), (4, 4)]
+    features = Features(torch.randn(1, 22, 64).double(), shapes, torch.randn(1, 64, 8, 8).double())
+    return model.decoder, model.heads, features, Queries(torch.randn(1, 6, 64).double(), torch.rand(1, 6, 4).double())
 
 
 def test_decoder_layer_hides_what_the_mask_hides(layers):
@@ -45,8 +45,8 @@ def test_decoder_layer_hides_what_the_mask_hides(layers):
         alone = decoder.layer(Queries(*(x[:, 3:] for x in queries)), features, heads, 0)
         open_to_all = decoder.layer(queries, features, heads, 0)
     for some, others, all_open in zip(together, alone, open_to_all, strict=True):
-        torch.testing.assert_close(some[:, 3:], others, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(some[:, :3], all_open[:, :3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(some[:, 3:], others)
+        torch.testing.assert_close(some[:, :3], all_open[:, :3])
     assert not torch.allclose(together.content[:, 3:], open_to_all.content[:, 3:], atol=1e-3)
 
 
@@ -64,4 +64,4 @@ def test_refined_boxes_are_corrections_in_logits(layers):
     with torch.no_grad():
         content, boxes = decoder.layer(queries, features, heads, 1)
         expected = torch.logit(queries.boxes) + heads.box_head(content)
-    torch.testing.assert_close(torch.logit(boxes), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.logit(boxes), expected)

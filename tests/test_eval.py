@@ -193,6 +193,28 @@ def random_set(seed, image_ids, per_image, only=None):
     return {"images": entries, "annotations": annotations, "categories": categories}, images, results
 
 
+def test_only_images_of_one_size_share_a_batch(squares, monkeypatch):
+    seen, detect = [], evaluation.detect
+    spy = lambda model, images, sizes, *rest: seen.append(sizes) or detect(model, images, sizes, *rest)  # noqa: E731
+    monkeypatch.setattr(evaluation, "detect", spy)
+    evaluation.find_results(*oracle_and_data(squares))
+    assert seen == [[(64, 64)] * 4, [(128, 128)]]
+
+
+def test_split_test(squares, monkeypatch):
+    content = json.loads((squares / "val.json").read_text())
+    del content["annotations"]
+    (squares / "annotations").mkdir()
+    (squares / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
+    (squares / "images").rename(squares / "test2017")
+    oracle = lambda path, device: (Oracle(squares / "val.json", NAMES), {"classes": NAMES})  # noqa: E731
+    monkeypatch.setattr(evaluation, "load_model", oracle)
+    flags = ["--checkpoint", "c.pt", "--data-root", squares, "--split", "test", "--results", squares / "r.json"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), "--workers", "0", "--device", "cpu"])
+    evaluation.main()
+    assert {r["image_id"] for r in json.loads((squares / "r.json").read_text())} == {40, 3, 20, 1, 17}
+
+
 def indexed(content):
     """pycocotools' COCO of the dictionary of an annotation file."""
     coco = COCO()

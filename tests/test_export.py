@@ -14,6 +14,7 @@ from torch._inductor import config as inductor
 import backbone
 import export
 from cli import run_program
+from config import PRESETS, InputError
 from detections import postprocess
 from export import Detector, dynamic_sizes, write
 
@@ -156,6 +157,17 @@ def test_bad_input_is_one_line(flags, message, program, swin, tmp_path):
     (tmp_path / "folder.pt2").mkdir()
     status, _ = program(*flags)
     assert message in status and "\n" not in status
+
+
+def test_sizes_that_a_file_takes():
+    for preset, most, sides in (
+        ("tiny", 4096, [96, 4096]),
+        ("small", 1000, [96, 992]),
+        ("maskdino_r50", 512, [128, 512]),
+    ):
+        assert dynamic_sizes(PRESETS[preset], most)[1] == {"batch": [1, 64], "height": sides, "width": sides}
+    with pytest.raises(InputError, match="--max-size 192: must be 224 or more for this model; or give --size"):
+        dynamic_sizes(PRESETS["dimaskdino_r50"], 192)
 
 
 def test_a_disk_without_room_is_said_before_tracing(program, swin, monkeypatch):

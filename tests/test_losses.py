@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import toys
+from test_matcher import numpy_giou as giou
+from test_matcher import sigmoid
 
 import losses
 from config import PRESETS
@@ -24,19 +26,6 @@ def batch(counts, groups=0):
     found = toys.outputs(len(counts), queries=Q, denoising=groups * max(counts), groups=groups, classes=3, size=16)
     targets = toys.targets(*counts, size=16, dtype=torch.float64)
     return found, [target | {"labels": target["labels"] % 3} for target in targets]
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def giou(a, b):
-    corners = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b)]
-    lower, upper = np.maximum(*corners)[:2], np.minimum(*corners)[2:]
-    inter = np.clip(upper - lower, 0, None).prod()
-    union = a[2] * a[3] + b[2] * b[3] - inter
-    hull = (np.maximum(*corners)[2:] - np.minimum(*corners)[:2]).prod()
-    return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
 
 def class_and_box_losses(layer, targets, pairs, divisor):

@@ -136,6 +136,32 @@ def test_a_double_model_has_no_float32_tensor_inside(variant):
     assert {layer[name].dtype for layer in layers for name in PREDICTIONS} == {torch.float64}
 
 
+def test_published_precision():
+    """Under autocast encoder, interaction and decoder are then in float32; boxes and selecting scores always are."""
+    model, seen = toys.model().eval(), {}
+    layers = {
+        "encoder": model.encoder.layers[0].ffn.linear1,
+        "decoder": model.decoder.layers[0].ffn.linear1,
+        "interaction": model.di.interactions[0].layers[0].ffn.linear1,
+        "bato": model.bato.ffn.linear1,
+        "backbone": model.backbone.body.conv1,
+        "masks": model.heads.mask_head.layers[0],
+        "boxes": model.heads.box_head.layers[0],
+        "classes": model.heads.class_head,
+    }
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    half, single = {torch.float16}, {torch.float32}
+    for chosen in (half, single):
+        if chosen is single:
+            model.use_published_precision()
+        seen.clear()
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            assert model(torch.rand(2, 3, 64, 64))["pred_boxes"].dtype == torch.float32
+        expected = {"backbone": half, "bato": half, "masks": half, "boxes": single, "classes": half | single}
+        assert seen == expected | dict.fromkeys(("encoder", "interaction", "decoder"), chosen)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_of_a_half_type_keeps_it(dtype, variant):
     with torch.no_grad():

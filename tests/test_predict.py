@@ -249,12 +249,13 @@ def test_only_what_it_wrote_is_overwritten(run, folder, tmp_path):
     picture((9, 9)).save(output / "b.png")
     before = (output / "b.png").read_bytes()
     assert "b.png: would be overwritten, but is not of predict.py" in error_line(run(folder))
+    assert (output / "b.png").read_bytes() == before
     (output / "b.png").unlink()
     for name, text in (("detections.json", "[]"), ("images.json", "{}")):
         (output / name).write_text(text)
         assert f"{name}: would be overwritten" in error_line(run(folder))
         (output / name).unlink()
-    assert before and run(folder)[0] == 0 and run(folder / "b.jpg")[0] == 0 and run(folder)[0] == 0
+    assert run(folder)[0] == 0 and run(folder / "b.jpg")[0] == 0 and run(folder)[0] == 0
     # Beside the images, whose own names do not collide: the second time the overlay is no image.
     (folder / "a.png").rename(folder / "a.bmp")
     for _ in range(2):

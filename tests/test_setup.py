@@ -11,6 +11,8 @@ import pytest
 import torch
 from programs import Process
 
+import ops
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,6 +28,12 @@ def build(folder):
     os.chdir(folder)
     sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
     runpy.run_path("../setup.py", run_name="__main__")
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="there is no c++")
+def test_the_op_is_built_where_there_is_a_compiler():
+    """A build that fails is no error of setup.py, and all tests of the op would be left out."""
+    assert ops.WITHOUT_OP["cpu"] is None
 
 
 @pytest.mark.parametrize(

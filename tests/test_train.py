@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +34,6 @@ import train
 from cli import open_split
 from config import Config, InputError
 from data import collate, train_keys
-from eval import find_results, score
 from formats.images import DataError
 from losses import SetCriterion
 from model import DIMaskDINO, build_model
@@ -79,8 +79,8 @@ def test_tiny_has_its_own_schedule():
 def test_small_follows_the_number_of_images():
     schedules = [make_schedule(parse_arguments(["--preset", "small"]), num_images=n) for n in (435, 40)]
     assert schedules[0]._asdict() == {
-        "batch_size": 8, "step_size": 8, "iterations": 3263, "milestones": [2600, 3100], "lr": 4e-4,
-        "backbone_lr": pytest.approx(4e-5), "warmup": 50,
+        "batch_size": 8, "step_size": 8, "iterations": 3263, "milestones": [2600, 3100], "lr": 8e-4,
+        "backbone_lr": pytest.approx(8e-5), "warmup": 50,
     }  # fmt: skip
     assert (schedules[1].iterations, schedules[1].milestones, schedules[1].warmup) == (300, [239, 285], 30)
 
@@ -251,13 +251,6 @@ def test_a_part_without_instances(shapes, fixed_points, no_ties):
     assert all(gradient is not None for gradient in parts.values())
 
 
-def untrained_scores(shapes):
-    """Of every layer of an untrained model, by this process's share of the images."""
-    dataset = open_split(parse_arguments(["--data-root", shapes]), "val", (64, 64))
-    results = find_results(toys.model(), dataset, per_layer=True, batch_size=1)
-    return score(dataset, results) if any(results) else None
-
-
 def part_of_two(rank, shapes, output):
     """What one of two processes makes of its share of several steps."""
     dist.init_process_group("gloo")
@@ -279,13 +272,12 @@ def part_of_two(rank, shapes, output):
         batch = [images[rank]], first_instances(targets[rank : rank + 1], counts[rank])
         backward(DistributedDataParallel(model), SetCriterion(model.config), [batch])
         found[name] = groups, {n: p.grad for n, p in model.named_parameters()}
-    found["scores"] = untrained_scores(shapes)
     torch.save(found, f"{output}.{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(shapes, fixed_points, no_ties, tmp_path, monkeypatch):
-    """Two processes, two batches each, give the gradients of one batch of eight in one process, and the same AP.
+def test_two_processes_are_one(shapes, fixed_points, no_ties, tmp_path):
+    """Two processes, two batches each, give the gradients of one batch of eight in one process.
 
     Denoising groups follow the images of each process: off, or with as many instances in every image, for the equality.
     """
@@ -305,10 +297,6 @@ def test_two_processes_are_one(shapes, fixed_points, no_ties, tmp_path, monkeypa
     assert [part["empty"][0] for part in found] == [[33], [None]]
     for name in ("groups", "empty"):  # both have all gradients, the same ones
         assert_close(found[0][name][1], found[1][name][1], rtol=0)
-
-    monkeypatch.undo()
-    scores = untrained_scores(str(shapes))
-    assert found[0]["scores"] == scores and found[1]["scores"] is None
 
 
 # Resuming
@@ -413,6 +401,39 @@ def test_last_two_and_best_are_kept(uninterrupted):
     assert last["epoch"] == 4 and last["config"]["num_classes"] == len(last["classes"]) == 10
 
 
+def test_the_best_of_all_evaluations_is_kept(run, tmp_path, monkeypatch):
+    """By the sum of box and mask AP, also over an interruption; of equal ones the first."""
+    pairs = iter([(3.0, 1.0), (2.0, 4.0), (5.0, None), (1.0, 5.0)])
+    monkeypatch.setattr(train, "find_results", lambda *args, **options: [[]])
+    monkeypatch.setattr(train, "save_picture", lambda *_: None)
+    scores = lambda *_: {kind: {"AP": ap} for kind, ap in zip(("box", "mask"), next(pairs), strict=True)}  # noqa: E731
+    monkeypatch.setattr(train, "score", scores)
+    for stop in (6, 12):
+        run("--output", tmp_path / "out", *SMALL, "--max-iterations", stop, "--resume")
+        assert checkpoint(tmp_path / "out", "best.pt")["iteration"] == 6
+
+
+def test_an_interrupted_evaluation_is_made_up_for(run, uninterrupted, tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        raise InputError("stopped")
+
+    flags = ["--output", tmp_path / "out", *SMALL, "--save-every", 2]
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="checkpoint.pt holds iteration 3"):
+        patch.setattr(train, "find_results", stopped)
+        run(*flags)
+    run(*flags, "--resume")
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+def test_rates_reach_the_optimizer(run, tmp_path):
+    """Warm-up, milestones, the backbone's own rate; and other rates where training goes on."""
+    flags = ["--output", tmp_path / "out", *SMALL, "--no-eval", "--warmup", 1, "--milestones", 3]
+    for stop, lr, backbone_lr, expected in ((1, 4e-3, 1e-3, [2e-3, 5e-4]), (4, 8e-3, 3e-3, [8e-4, 3e-4])):
+        run(*flags, "--lr", lr, "--backbone-lr", backbone_lr, "--max-iterations", stop, "--resume")
+        rates = {group["lr"] for group in checkpoint(tmp_path / "out")["optimizer"]["param_groups"]}
+        assert sorted(rates, reverse=True) == pytest.approx(expected)
+
+
 # Several processes
 
 
@@ -505,7 +526,7 @@ def test_a_loss_that_is_not_finite(run, uninterrupted, tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite(run, tmp_path, monkeypatch):
-    """The step does not take place; with a scaler such gradients are expected, and only the step is left out."""
+    """The step does not take place."""
     clip = torch.nn.utils.clip_grad_norm_
 
     def overflow(parameters, *args):
@@ -517,6 +538,17 @@ def test_a_gradient_that_is_not_finite(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="iteration 1: the gradient not finite"):
         run("--output", tmp_path / "out", *SMALL, "--no-eval")
     assert checkpoint(tmp_path / "out", "nonfinite.pt")["iteration"] == 0
+
+
+def test_float16_gradients_that_overflow(run, tmp_path, monkeypatch):
+    """They are no error: the step is left out, and the loss is scaled less."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**100))
+    run("--output", tmp_path / "out", *SMALL, "--precision", "float16", "--no-eval", "--max-iterations", 1)
+    found = checkpoint(tmp_path / "out")
+    torch.manual_seed(0)
+    before = DIMaskDINO(Config(**found["config"])).state_dict()
+    assert found["iteration"] == 1 and found["scaler"]["scale"] == 2.0**99
+    assert all(torch.equal(found["model"][name], value) for name, value in before.items())
 
 
 def test_rates_that_are_too_high(run, tmp_path):
