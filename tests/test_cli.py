@@ -531,7 +531,7 @@ def as_first_process():
 
 def test_the_first_process_of_a_container_heeds_sigterm(tmp_path):
     process = Process(as_first_process, output=tmp_path / "first")
-    process.until(lambda: "here" in process.out)
+    process.until(lambda: (tmp_path / "first.out").exists() and "here" in process.out)
     process.signal(signal.SIGTERM)
     assert process.wait() == 143
 
