@@ -69,8 +69,7 @@ def comma_separated(text):
 def config_from(args):
     """The Config of the preset `args.preset` with the flags of `add_config_arguments` that are given."""
     given = {entry.name: getattr(args, entry.name) for entry in fields(Config)[1:]}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    return replace(PRESETS[args.preset], **given)
+    return replace(PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None})
 
 
 def at_least(least, kind, most=sys.float_info.max):

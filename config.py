@@ -64,7 +64,9 @@ class Config:
 
     def __post_init__(self):
         for entry in fields(self):
-            check_value(entry, getattr(self, entry.name))
+            if isinstance(value := getattr(self, entry.name), list):  # of JSON, or of argparse's nargs
+                object.__setattr__(self, entry.name, value := tuple(value))
+            check_value(entry, value)
         sizes = list(self.selections)
         if not sizes or sizes != sorted(sizes, reverse=True):
             raise InputError(f"selections {self.selections}: give one size or more, none above the one before it")
@@ -91,7 +93,7 @@ def check_value(entry, value):
     if get_origin(entry.type) is Literal and value not in get_args(entry.type):
         raise InputError(f"{entry.name} {value!r}: choose from {', '.join(map(str, get_args(entry.type)))}")
     least = entry.metadata["least"]
-    for number in value if isinstance(value, list | tuple) else (value,):
+    for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:  # NaN is not
             raise InputError(f"{entry.name} {value}: must be {least} or more")
 

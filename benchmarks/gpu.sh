@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a GPU is measured for, in one call: inference and training steps of the
-# presets in float32, TF32 and bfloat16, the benchmark of the compiled deformable attention, and 100 iterations of `tiny`.
+# All that a GPU is measured for, in one call: inference and training steps of the presets in float32, TF32 and bfloat16,
+# the benchmark of the compiled deformable attention, and 100 iterations of `tiny`.
 # With --tests also the op's tests for every dtype, some of them under compute-sanitizer, which comes with the CUDA
 # toolkit. Writes benchmarks/results/gpu_NAME.txt. Python is .venv's or $PYTHON. With DEVICE=cpu and a SIZE of 64 it shows
 # on any machine whether the commands are right.
@@ -10,8 +10,8 @@ python=${PYTHON:-.venv/bin/python}
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 device=${DEVICE:-cuda}
 if [ "$device" = cuda ]; then
-  rm -f _C_cuda.torch-*.so  # else one of older sources would be measured where the build fails
   "$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("benchmarks/gpu.sh: torch sees no GPU")'
+  rm -f _C_cuda.torch-*.so  # else one of older sources would be measured where the build fails
   "$python" setup.py --quiet build_ext --inplace
 fi
 "$python" - "$device" <<'END_OF_CHECK'
