@@ -133,6 +133,7 @@ def test_program_says_how_far_the_file_is_from_the_model(file, flags, program, s
         assert scores < 0.01
     else:
         assert max(scores, *others) < 1e-4
+    export.check_output(tmp_path / file, False, False)  # which may be written again
     detections = export.open_file(tmp_path / file)(torch.rand(1, 3, 96, 160))
     assert [x.shape for x in detections] == [(1, 7), (1, 7), (1, 7, 4), (1, 7, 24, 40)]
     assert [x.dtype for x in detections] == [torch.float32, torch.int64, torch.float32, torch.float32]
@@ -150,11 +151,13 @@ def test_program_says_how_far_the_file_is_from_the_model(file, flags, program, s
         (["c.pt", "out.pt2", "--compile"], "--compile needs --size"),
         (["missing.pt", "c.pt/out.pt2"], "c.pt/out.pt2: cannot be written (Not a directory)"),
         (["missing.pt", "folder.pt2"], "folder.pt2: is a folder"),
+        (["c.pt", "theirs.onnx"], "theirs.onnx: exists, and only a file of export.py is replaced"),
         (["missing.pt", "out.pt2"], "missing.pt: no such"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, program, swin, tmp_path):
     (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "theirs.onnx").write_bytes(b"another program's")
     status, _ = program(*flags)
     assert message in status and "\n" not in status
 
