@@ -256,21 +256,18 @@ def collate(batch):
     """Batch of (image, target) -> (list of (3, H, W) images, list of targets as the model and the losses take them).
 
     The padded size is the largest height and width of the batch, rounded up to multiples of 32; the model pads the
-    images itself. Targets: image_id; size (H, W) of the transformed image; original_size (H, W) of the file's; in
-    training also labels (n,) int64; boxes (n, 4) float32 cxcywh in [0, 1] relative to the padded size; masks
-    (n, padded H, padded W) bool.
+    images itself. Targets: image_id; original_size (H, W), that of the file; in training also labels (n,) int64; boxes
+    (n, 4) float32 cxcywh in [0, 1] relative to the padded size; masks (n, padded H, padded W) bool.
     """
     images = [image for image, _ in batch]
     padded_height, padded_width = (math.ceil(max(image.shape[axis] for image in images) / 32) * 32 for axis in (1, 2))
     targets = []
     for image, target in batch:
-        height, width = image.shape[1:]
-        target = target | {"size": (height, width)}
         if "boxes" in target:
-            boxes = box_convert(target["boxes"], "xyxy", "cxcywh")
-            target["boxes"] = boxes / torch.tensor([padded_width, padded_height] * 2)
-            padding = (0, padded_width - width, 0, padded_height - height)
-            target["masks"] = torch.nn.functional.pad(target["masks"], padding) if any(padding) else target["masks"]
+            boxes, masks = box_convert(target["boxes"], "xyxy", "cxcywh"), target["masks"]
+            padding = (0, padded_width - image.shape[2], 0, padded_height - image.shape[1])
+            masks = torch.nn.functional.pad(masks, padding) if any(padding) else masks
+            target = target | {"boxes": boxes / torch.tensor([padded_width, padded_height] * 2), "masks": masks}
         targets.append(target)
     if get_worker_info():  # here, where an error is heard of; in the thread that sends the batch it would be lost
         for value in [*images, *(value for target in targets for value in target.values())]:

@@ -1,5 +1,6 @@
 """Backbones against golden data and independent implementations; pretrained weights; gradient checkpointing."""
 
+import functools
 import pickle
 import re
 from pathlib import Path
@@ -52,11 +53,19 @@ def close(x, golden):
     return np.abs(x.double().numpy() - golden).max() <= 1e-6 * np.abs(golden).max()
 
 
+@pytest.fixture(scope="module")
+def weights():
+    """`recipe.weights` that draws what both models have once, as this takes longer than the models do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "tensor", functools.cache(recipe.tensor))
+        yield recipe.weights
+
+
 @pytest.mark.parametrize("preset", ["dimaskdino_swin_l", "maskdino_swin_l"])
-def test_golden(preset):
+def test_golden(preset, weights):
     with torch.device("meta"):  # no random values that are replaced at once
         model = build_model(preset)
-    state = convert_state_dict(recipe.weights(REDUCED / f"keys_{preset}.json.gz"))
+    state = convert_state_dict(weights(REDUCED / f"keys_{preset}.json.gz"))
     model.load_state_dict(state, assign=True)
     image = torch.from_numpy(recipe.image(256, 320, 0)).permute(2, 0, 1).double() / 255
     maps = []
