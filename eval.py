@@ -201,7 +201,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     device, rank, *_ = distributed.join_processes(cli.choose_device(args.device))
-    output, results, model, autocast, dataset, labels = distributed.together(lambda: prepare(args, device))
+    output, charts, results, model, autocast, dataset, labels = distributed.together(lambda: prepare(args, device))
     found = find_results(
         model, dataset, args.workers, args.per_layer, args.batch_size, args.max_detections, autocast, labels
     )
@@ -221,10 +221,8 @@ def main():
         scores = score(dataset, found, args.max_detections, args.per_class)
         if output:
             attempt(write_whole, output, json.dumps(scores, indent=1) + "\n")
-        if output and args.per_layer:
-            attempt(save_layers, scores, output.with_suffix(".png"))
-        if output and args.per_class:
-            attempt(save_classes, scores, output.with_suffix(".classes.png"))
+        for save, path in charts.items():
+            attempt(save, scores, path)
         print_scores(scores)
     else:
         print("the data has no annotations: there is nothing to compare the detections with, so no AP")
@@ -235,13 +233,14 @@ def main():
 
 
 def prepare(args, device):
-    """All that there is before the first image: --output, both files of --results, model, autocast's dtype, data set,
-    and the model's labels of its classes.
+    """All that there is before the first image: --output, its charts as {function: path}, both files of --results,
+    model, autocast's dtype, data set, and the model's labels of its classes.
     """
     output = args.output and new_file(args.output, b'{\n "box"')
-    charts = [output.with_suffix(suffix) for suffix in (".png", ".classes.png")] if output else []
-    for path, drawn in zip(charts, (args.per_layer, args.per_class), strict=False):
-        if drawn and path.exists() and not is_drawing(path):
+    kinds = (args.per_layer, save_layers, ".png"), (args.per_class, save_classes, ".classes.png")
+    charts = {save: output.with_suffix(suffix) for asked, save, suffix in kinds if asked and output}
+    for path in charts.values():
+        if path.exists() and not is_drawing(path):
             raise InputError(f"{path}: would be overwritten by a chart, but is not one; choose another --output")
     names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
     results = [new_file(name, b"[\n") for name in names]
@@ -257,7 +256,7 @@ def prepare(args, device):
     check_sizes(dataset.coco.dataset, dataset.image_dir)
     if not dataset.coco.anns and not results:
         raise InputError("the data has no annotations to compare with; --results FILE.json writes the detections")
-    return output, results, model, autocast, dataset, labels
+    return output, charts, results, model, autocast, dataset, labels
 
 
 if __name__ == "__main__":
