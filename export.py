@@ -127,9 +127,9 @@ def check_output(path, compiled, half):
         raise InputError(f"{path}: is a folder; give the name of a file")
     with explaining(OSError, f"{path}: cannot be written", "choose another place"):
         tempfile.TemporaryFile(dir=path.resolve().parent).close()
-        # Of ours are files with the bounds in their metadata, in which --compile escapes the quotes.
-        foreign = path.exists() and not re.search(rb'"batch\\?": \[1, ', path.read_bytes())
-    if foreign:
+        there = path.read_bytes() if path.exists() else b""
+    # Ours have bounds in their metadata, in which --compile escapes the quotes.
+    if there and not re.search(rb'"batch\\?": \[1, ', there):
         raise InputError(f"{path}: exists, and only a file of export.py is replaced; choose another name")
 
 

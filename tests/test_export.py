@@ -158,6 +158,7 @@ def test_program_says_how_far_the_file_is_from_the_model(file, flags, program, s
 def test_bad_input_is_one_line(flags, message, program, swin, tmp_path):
     (tmp_path / "folder.pt2").mkdir()
     (tmp_path / "theirs.onnx").write_bytes(b"another program's")
+    (tmp_path / "out.pt2").touch()
     status, _ = program(*flags)
     assert message in status and "\n" not in status
 
