@@ -13,6 +13,7 @@ from statistics import mean, stdev
 import torch
 from scipy import stats
 
+from config import InputError
 from files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ def run_all(runs, jobs, launcher=()):
 
     runs: [(folder, file in it that a finished run has, command), ...]; a command is a list of words without the Python
     in front, and goes on where it was stopped. Its output goes to folder/output.txt, the commit to folder/commit.txt.
-    launcher: words before each command. Ends the program, with one line, after the other runs if one has failed.
+    launcher: words before each command. Raises InputError after the other runs if one has failed.
     """
 
     def run_one(folder, file, command):
@@ -48,7 +49,7 @@ def run_all(runs, jobs, launcher=()):
     finally:
         pool.shutdown(cancel_futures=True)  # on an interrupt nothing new begins
     if problems:
-        sys.exit(f"{Path(sys.argv[0]).parent.name}: error: {problems[0]}")
+        raise InputError(problems[0])
 
 
 def earlier_runs(path, **recipe):

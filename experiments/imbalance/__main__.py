@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from cli import positive
+from cli import positive, run_program
 from drawing import draw_layers
 from experiments.study import ROOT, earlier_runs, mean_sd, paired, run_all, write_results
 from experiments.tables import ROWS, settings
@@ -190,4 +190,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.argv[0] = "experiments.imbalance"
+    run_program(main)
