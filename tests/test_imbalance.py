@@ -2,13 +2,14 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 from PIL import Image
 
 import experiments.imbalance.__main__ as imbalance
 import train
-from config import InputError
+from cli import run_program
 from experiments import study
 
 
@@ -83,13 +84,14 @@ if sys.argv[2] != "stop":
 """
 
 
-def test_runs_go_on_and_failures_are_named(tmp_path):
+def test_runs_go_on_and_failures_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments.imbalance"])
     (tmp_path / "script.py").write_text(SCRIPT)
     runs = lambda word: [(tmp_path / n, "eval.json", [tmp_path / "script.py", tmp_path / n, w])  # noqa: E731
                          for n, w in (("a", "end"), ("b", word), ("c", "end"))]  # fmt: skip
     for word, status in (("fail", 3), ("stop", 0)):  # stopped by a signal, train.py ends with status 0
-        with pytest.raises(InputError, match=rf"/b: stopped before its end \(status {status}\)"):
-            study.run_all(runs(word), 2)
+        with pytest.raises(SystemExit, match=rf"imbalance: error: .*b: stopped before its end \(status {status}\)"):
+            run_program(partial(study.run_all, runs(word), 2))
     study.run_all(runs("end"), 2)
     assert (tmp_path / "a" / "output.txt").read_text() == "here\n"  # once
     assert (tmp_path / "a" / "eval.json").exists() and (tmp_path / "c" / "eval.json").exists()
