@@ -18,7 +18,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "golden")]
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Files that take longest come first: at the end, no worker of pytest-xdist is left alone with one of them.
-SLOW = ["export", "train", "golden", "compile", "training_steps", "convert", "attention", "backbone", "predict", "small"]
+SLOW = "export train golden compile training_steps convert attention backbone predict small".split()
 
 
 def pytest_collection_modifyitems(items):
