@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Deformable DETR, Sec. 4.1), feed-forward networks, and sine positions of boxes."""
+"""Multi-scale deformable attention (Deformable DETR, Sec. 4.1), feed-forward networks, positions of cells and boxes."""
 
 import math
 

@@ -43,5 +43,5 @@ class BATO(nn.Module):
         attended = self.cross_attn(t_i + position, t_g, t_g_mask, need_weights=False)[0]
         t_bal = feed_forward(self.ffn, self.norm(t_i + attended))  # Eq. 8
 
-        finest = tokens_to_map(t_bal, level_shapes, -1, pixel_features.shape[-2:])  # C3's part
+        finest = tokens_to_map(t_bal, level_shapes, -1, pixel_features.shape[-2:])  # C3's part, with five levels C2's
         return Features(t_bal, level_shapes, self.pixel_output(pixel_features + finest)), guiding

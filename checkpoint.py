@@ -132,7 +132,7 @@ class Output:
             raise InputError(f"{left}; {what} another --output")
 
     def begin(self, iteration):
-        """Make the folder, and the log that of a training after so many iterations; returns the log's entries."""
+        """Make the folder, and cut the log off behind this iteration; returns the entries that stay."""
         if process_rank() > 0:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -117,8 +117,8 @@ def lr_factor(iteration, milestones, warmup):
 
 
 def parameter_groups(model, lr, backbone_lr):
-    """AdamW's groups, the same four whatever the rates: the backbone has its own, and is left out where that is 0; no
-    weight decay for norms, embeddings and relative-position tables.
+    """AdamW's groups, the same whatever the rates: the backbone, left out where its rate is 0, and the rest have their
+    own, with weight decay and, for norms, embeddings and relative-position tables, without. Frozen norms are in none.
     """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
     groups = {}
