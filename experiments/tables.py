@@ -160,12 +160,12 @@ def commands(row, data, data_root, output, gpus=1):
     train = ["train.py", *source, "--preset", preset]
     if schedule:
         train += ["--backbone-weights", BACKBONE_WEIGHTS[preset.split("_", 1)[1]], "--schedule", schedule]
-        if "--batch-size" not in flags:
-            train += ["--batch-size", "8" if data == "bdd100k" else "16"]
-        batch_size = int([*train, *flags][[*train, *flags].index("--batch-size") + 1])
-        gpus = math.gcd(gpus, batch_size)  # every process takes as many images
+    if "--batch-size" not in flags:
+        train += ["--batch-size", "8" if data == "bdd100k" else "16"]
+    words = [*train, *flags]
+    gpus = math.gcd(gpus, int(words[words.index("--batch-size") + 1]))  # every process takes as many images
     python = ["python"] if gpus == 1 else ["torchrun", "--nproc_per_node", str(gpus)]
-    found = [[*python, *train, *flags, "--output", str(folder)]]
+    found = [[*python, *words, "--output", str(folder)]]
     if row.table == "fig1":
         checkpoint = ["--checkpoint", str(folder / "checkpoint.pt")]
         file = str(folder / "per_layer.json")

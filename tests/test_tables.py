@@ -92,6 +92,7 @@ def test_processes_divide_the_batch(capsys, monkeypatch):
     lines = printed(capsys, monkeypatch, "table1", "--data", "coco", "--gpus", "8").splitlines()
     found = [(shlex.split(line)[2], "swin" in line) for line in lines if "torchrun" in line]
     assert found == 6 * [("8", False)] + 4 * [("4", True)]
+    assert "--nproc_per_node 2 " in printed(capsys, monkeypatch, "table9", "--data", "shapes-hard", "--gpus", "6")
 
 
 def test_rows_that_are_the_same_training_share_a_folder():
