@@ -133,21 +133,15 @@ def memory(kind="VmRSS"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", metavar="DIR", help="folder in COCO's layout; its training images are loaded")
-    parser.add_argument("--images", type=int, default=300, help="how many images to load (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the DataLoader (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2, help="images per batch (default: %(default)s)")
-    parser.add_argument(
-        "--large-image",
-        action="store_true",
-        help="also measure the memory of a process that loads a generated image of 4000 x 5000 with 700 instances",
-    )
-    parser.add_argument(
-        "--annotation-check",
-        type=int,
-        metavar="IMAGES",
-        help="also time the check of a generated annotation file of so many images; COCO has 118287",
-    )
+    add = parser.add_argument
+    add("--data-root", metavar="DIR", help="folder in COCO's layout; its training images are loaded")
+    add("--images", type=int, default=300, help="how many images to load (default: %(default)s)")
+    add("--workers", type=int, default=1, help="processes of the DataLoader (default: %(default)s)")
+    add("--batch-size", type=int, default=2, help="images per batch (default: %(default)s)")
+    large = "also measure the memory of a process that loads a generated image of 4000 x 5000 with 700 instances"
+    add("--large-image", action="store_true", help=large)
+    check = "also time the check of a generated annotation file of so many images; COCO has 118287"
+    add("--annotation-check", type=int, metavar="IMAGES", help=check)
     args = parser.parse_args()
     if not (args.data_root or args.large_image or args.annotation_check):
         parser.error("give --data-root, --large-image or --annotation-check")

@@ -234,20 +234,17 @@ def parse_arguments(argv=None):
     layers.add_argument("scores", nargs="+", metavar="FILE.json", help="files of eval.py --per-layer --output")
     layers.add_argument("--names", nargs="+", metavar="NAME", help="of the models (default: the files' folders)")
     queries = figures.add_parser("queries", help="boxes and masks of the same queries at the first and the last layer")
-    queries.add_argument(
-        "--queries", type=positive, default=5, metavar="N", help="the best N of the last layer (default: 5)"
-    )
-    queries.add_argument("--layers", type=int, nargs="+", default=[0, -1], metavar="N", help="0: the decoder's input; "
-                         "-1: the last (default: 0 -1)")  # fmt: skip
+    best = "the best N of the last layer (default: 5)"
+    queries.add_argument("--queries", type=positive, default=5, metavar="N", help=best)
+    numbers = "0: the decoder's input; -1: the last (default: 0 -1)"
+    queries.add_argument("--layers", type=int, nargs="+", default=[0, -1], metavar="N", help=numbers)
     tokens = figures.add_parser("tokens", help="the tokens of the first and the second selection")
     for figure in (queries, tokens):
-        figure.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-        figure.add_argument(
-            "--checkpoints", nargs="+", required=True, metavar="CKPT", help="of train.py or convert.py, side by side"
-        )
-        figure.add_argument(
-            "--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)"
-        )
+        add = figure.add_argument
+        add("images", nargs="+", metavar="IMAGE", help="image files")
+        files = "of train.py or convert.py, side by side"
+        add("--checkpoints", nargs="+", required=True, metavar="CKPT", help=files)
+        add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default: auto)")
     for figure in (layers, queries, tokens):
         figure.add_argument("--output", default="figure.png", metavar="FILE", help="the picture (default: figure.png)")
     return parser.parse_args(argv)

@@ -296,34 +296,17 @@ def main():
         description="Prints the rows of the paper's tables as commands of train.py, the published box AP / mask AP "
         "beside them; with --run, runs them and compares.",
     )
-    parser.add_argument(
-        "tables", nargs="*", default=["all"], metavar="TABLE", help=f"{', '.join(TITLES)} or all (default: all)"
-    )
-    parser.add_argument(
-        "--data",
-        choices=DATA,
-        help="what to train on (default: print the commands for each); tables 1 and 2 exist on their own data set "
-        "only, and shapes-hard takes the preset tiny",
-    )
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="folder of the data set (default: datasets/NAME; of shapes-hard, that of train.py)",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train on N GPUs, with torchrun, or on as many of them as divide the batch (default: 1)",
-    )
-    parser.add_argument("--run", action="store_true", help="run what has not finished yet, one row after the other")
-    parser.add_argument(
-        "--output",
-        default="runs/experiments",
-        metavar="DIR",
-        help="folder of the runs; a table of the results goes to DIR/DATA/results.md (default: runs/experiments)",
-    )
+    add = parser.add_argument
+    add("tables", nargs="*", default=["all"], metavar="TABLE", help=f"{', '.join(TITLES)} or all (default: all)")
+    sets = "what to train on (default: print the commands for each); tables 1 and 2 exist on their own data set only"
+    add("--data", choices=DATA, help=f"{sets}, and shapes-hard takes the preset tiny")
+    root = "folder of the data set (default: datasets/NAME; of shapes-hard, that of train.py)"
+    add("--data-root", metavar="DIR", help=root)
+    gpus = "train on N GPUs, with torchrun, or on as many of them as divide the batch (default: 1)"
+    add("--gpus", type=int, default=1, metavar="N", help=gpus)
+    add("--run", action="store_true", help="run what has not finished yet, one row after the other")
+    output = "folder of the runs; a table of the results goes to DIR/DATA/results.md (default: runs/experiments)"
+    add("--output", default="runs/experiments", metavar="DIR", help=output)
     args = parser.parse_args()
     for table in args.tables:
         if table not in (*TITLES, "all"):

@@ -156,17 +156,14 @@ def main():
         "several seeds, evaluates every decoder layer, prints tables of them in Markdown, and writes results.json and, "
         "with matplotlib, plot.png. Runs that are in results.json already are kept, unfinished ones go on."
     )
-    parser.add_argument("--seeds", type=positive, default=5, help="runs per row (default: 5)")
+    add = parser.add_argument
+    add("--seeds", type=positive, default=5, help="runs per row (default: 5)")
     jobs = "runs at a time, a core each (default: the number of cores)"
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help=jobs)
-    parser.add_argument(
-        "--launcher",
-        default="",
-        metavar="COMMAND",
-        help="words before each run's command, e.g. 'srun -n 1' (default: none)",
-    )
-    parser.add_argument("--output", default="runs/imbalance", metavar="DIR", help="folder of the runs")
-    parser.add_argument("--results", default=FOLDER, metavar="DIR", help="folder of the results (default: this one)")
+    add("--jobs", type=positive, default=os.cpu_count(), help=jobs)
+    launcher = "words before each run's command, e.g. 'srun -n 1' (default: none)"
+    add("--launcher", default="", metavar="COMMAND", help=launcher)
+    add("--output", default="runs/imbalance", metavar="DIR", help="folder of the runs (default: runs/imbalance)")
+    add("--results", default=FOLDER, metavar="DIR", help="folder of the results (default: this one)")
     args = parser.parse_args()
     output, results, recipe = ROOT / args.output, Path(args.results), shlex.join(RECIPE)
     runs = [run for run in earlier_runs(results / "results.json", recipe=recipe) if run["row"] in FLAGS]

@@ -132,9 +132,8 @@ def parse_arguments(argv=None):
     add("--output", required=True, metavar="DIR", help="checkpoint, log and eval.json; a run in it goes on")
     add("--epochs", type=float, required=True, help="passes over the training images, also parts of one")
     add("--max-iterations", type=positive, help="stop after this many iterations of the schedule")
-    add(
-        "--eval-every", type=positive, default=1, metavar="EPOCHS", help="evaluate so often and at the end (default: 1)"
-    )
+    often = "evaluate so often and at the end (default: 1)"
+    add("--eval-every", type=positive, default=1, metavar="EPOCHS", help=often)
     add("--seed", type=int, default=0, help="seed of weights, sampling and augmentation (default: 0)")
     add("--batch-size", type=positive, default=2, help="images per step (default: 2)")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="(default: adamw, as for the other systems)")
