@@ -24,6 +24,7 @@ from config import InputError
 from data import eval_transform
 from detections import postprocess
 from drawing import draw_instances, draw_layers
+from files import explaining
 from formats.images import read_image
 from model import of_queries
 
@@ -47,13 +48,10 @@ def unique(names):
 
 def read_layers(path):
     """The "layers" in a file of eval.py --per-layer --output. Raises InputError for another file."""
-    try:
+    faults, what = (OSError, ValueError, LookupError, TypeError), f"{path}: no AP per layer can be read from it"
+    with explaining(faults, what, "give a file of eval.py --per-layer --output"):
         layers = json.loads(Path(path).read_text())["layers"]
         _ = [layer[kind]["AP"] for layer in layers for kind in ("box", "mask")], layers[1]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file of eval.py --per-layer") from None
-    except (ValueError, LookupError, TypeError):
-        raise InputError(f"{path}: holds no AP per layer; give a file of eval.py --per-layer --output") from None
     return layers
 
 
@@ -252,10 +250,8 @@ def parse_arguments(argv=None):
 
 def main():
     args = parse_arguments()
-    try:
+    with explaining(ImportError, "matplotlib is not installed", "python -m pip install matplotlib"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("matplotlib is not installed; install it: python -m pip install matplotlib") from None
     if not Path(args.output).resolve().parent.is_dir():
         raise InputError(f"{args.output}: its folder does not exist; create it first")
     if args.figure == "layers":
@@ -275,10 +271,8 @@ def main():
                 if not -fewest - 1 <= layer <= fewest:
                     raise InputError(f"--layers {layer}: the models have layers 0 to {fewest}, -1 is the last")
             figure = query_sheet(models, images, args.queries, args.layers, device)
-    try:
+    with explaining((ValueError, OSError), f"{args.output}: cannot be written"):
         figure.savefig(args.output, dpi=130)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{args.output}: cannot be written ({error})") from None
     print(f"written: {args.output}")
 
 

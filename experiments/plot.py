@@ -6,34 +6,33 @@ import math
 import sys
 from pathlib import Path
 
+from cli import run_program
+from config import InputError
+from files import explaining
 from losses import KINDS
 
 
 def read_log(run):
     """The entries of RUN/log.jsonl, see train.py: those of the training and those of the evaluations, two lists.
 
-    Raises ValueError, one line, for a run without a log or with a damaged one. A last line without its end is that of
-    a run at work, and left out.
+    Raises InputError for a run without a log or with a damaged one. A last line without its end is that of a run at
+    work, and left out.
     """
     path = Path(run) / "log.jsonl"
-    try:
+    with explaining(OSError, f"{path}: cannot be read", "give the --output folder of train.py"):
         lines = path.read_text().splitlines(keepends=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the --output folder of train.py") from None
     entries = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
-        try:
-            entry = json.loads(line)
-            _ = entry["epoch"], entry["iteration"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: line {number} is no entry of a training log; remove it") from None
-        entries.append(entry)
+        foreign = f"{path}: line {number} is no entry of a training log"
+        with explaining((ValueError, KeyError, TypeError), foreign, "remove it"):
+            entries.append(json.loads(line))
+            _ = entries[-1]["epoch"], entries[-1]["iteration"]
     training = [entry for entry in entries if "loss" in entry]
     evaluations = [entry for entry in entries if "box" in entry and "mask" in entry]
     if not training and not evaluations:
-        raise ValueError(f"{path}: has no entry yet; wait for the first")
+        raise InputError(f"{path}: has no entry yet; wait for the first")
     return training, evaluations
 
 
@@ -121,19 +120,16 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote to, its --output")
     parser.add_argument("--output", default="plot.png", metavar="FILE", help="the picture (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with explaining(ImportError, "matplotlib is not installed", "python -m pip install matplotlib"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        sys.exit("experiments.plot: error: matplotlib is not installed; install it: python -m pip install matplotlib")
-    try:
-        paths = [Path(run).resolve() for run in args.runs]
-        unique = len({path.name for path in paths}) == len(paths)
-        figure = draw({path.name if unique else str(path): read_log(path) for path in paths})
+    paths = [Path(run).resolve() for run in args.runs]
+    unique = len({path.name for path in paths}) == len(paths)
+    figure = draw({path.name if unique else str(path): read_log(path) for path in paths})
+    with explaining((ValueError, OSError), f"{args.output}: cannot be written"):
         figure.savefig(args.output, dpi=110)
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.plot: error: {error}")
     print(f"written: {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.argv[0] = "experiments.plot"
+    run_program(main)

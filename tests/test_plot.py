@@ -6,6 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
+from config import InputError
 from experiments import plot
 
 
@@ -106,9 +107,9 @@ def test_damaged_logs_are_named(tmp_path, monkeypatch, content, message):
     if content is not None:
         (tmp_path / "log.jsonl").write_text(content)
     monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--output", str(tmp_path / "out.png")])
-    with pytest.raises(SystemExit, match=rf"log\.jsonl: {message}") as end:
+    with pytest.raises(InputError, match=rf"log\.jsonl: {message}") as end:
         plot.main()
-    assert "\n" not in end.value.code and not (tmp_path / "out.png").exists()
+    assert "\n" not in str(end.value) and not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize("output", ["out.doc", "nowhere/out.png"])
@@ -116,14 +117,14 @@ def test_picture_that_cannot_be_written(tmp_path, monkeypatch, output):
     pytest.importorskip("matplotlib")
     write_log(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--output", str(tmp_path / output)])
-    with pytest.raises(SystemExit, match="experiments.plot: error: ") as end:
+    with pytest.raises(InputError, match=f"{output}: cannot be written") as end:
         plot.main()
-    assert "\n" not in end.value.code
+    assert "\n" not in str(end.value)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
     monkeypatch.setattr(sys, "argv", ["plot", str(write_log(tmp_path))])
-    with pytest.raises(SystemExit, match="pip install matplotlib") as end:
+    with pytest.raises(InputError, match="pip install matplotlib") as end:
         plot.main()
-    assert "\n" not in end.value.code
+    assert "\n" not in str(end.value)
