@@ -108,9 +108,9 @@ def resize_shorter(image, shorter, longer):
     return F.resize(image, [max(1, int(pixels * scale + 0.5)) for pixels in (height, width)], antialias=True)
 
 
-def eval_transform(shorter, longer):
+def eval_transform(image, shorter, longer):
     """The test-time transform of an image alone: (3, H, W) uint8 -> float32 in [0, 1], see `resize_shorter`."""
-    return lambda image: F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
+    return F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
 
 
 # --- augmentation: large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3) as the released code does it

@@ -31,7 +31,7 @@ def detect(model, images, output_sizes=None, layers=(None,), topk=100, score_thr
     """
     device = model.encoder.level_embed.device
     output_sizes = output_sizes or [tuple(image.shape[1:]) for image in images]
-    resized = [eval_transform(*model.config.test_size)(image).to(device) for image in images]
+    resized = [eval_transform(image, *model.config.test_size).to(device) for image in images]
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         outputs = model(resized)
     predictions, sizes = [*outputs["aux_outputs"], outputs], [image.shape[1:] for image in resized]

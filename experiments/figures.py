@@ -82,7 +82,7 @@ def detections_of_queries(model, image, count, device, size=None):
     (count,) int64, best first, and a list with, per layer, {scores, labels, boxes, masks} of `postprocess` in that
     order, on the CPU. There are fewer than `count` where there are no more objects.
     """
-    resized = eval_transform(*model.config.test_size)(image).to(device)
+    resized = eval_transform(image, *model.config.test_size).to(device)
     outputs = model([resized])
     sizes = [resized.shape[1:]], [size or image.shape[1:]]
 
@@ -166,7 +166,7 @@ def selected_tokens(model, image, device):
     image (3, H, W) uint8. Returns {"selection 1 (T_s1)": (centres, strides), ...}: every selection but the first is
     among the tokens of the one before, and so are the queries that guide BATO among those of the last.
     """
-    resized = eval_transform(*model.config.test_size)(image).to(device)
+    resized = eval_transform(image, *model.config.test_size).to(device)
     outputs = model([resized])
     padded = [32 * math.ceil(side / 32) for side in resized.shape[1:]]
     centres, strides = token_centres(model.config, *padded)

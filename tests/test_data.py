@@ -457,7 +457,7 @@ def test_same_seed_same_sample_and_other_seed_another(tmp_path):
     ],
 )
 def test_evaluation_resize(size, expected):
-    image = eval_transform(800, 1333)(torch.full((3, *size), 51, dtype=torch.uint8))
+    image = eval_transform(torch.full((3, *size), 51, dtype=torch.uint8), 800, 1333)
     assert image.shape == (3, *expected) and image.dtype == torch.float32 and (image - 0.2).abs().max() < 1e-6
 
 

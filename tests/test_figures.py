@@ -92,7 +92,7 @@ def test_the_same_queries_at_every_layer(checkpoints):
     queries, layers = figures.detections_of_queries(model, image, 4, "cpu")
     assert len(layers) == 4 and 1 <= len(queries) == len(set(queries.tolist())) <= 4
     with torch.no_grad():
-        outputs = model([eval_transform(64, 128)(image)])  # 64 x 107, padded to 64 x 128
+        outputs = model([eval_transform(image, 64, 128)])  # 64 x 107, padded to 64 x 128
     for layer, predictions in zip(layers, [*outputs["aux_outputs"], outputs], strict=True):
         boxes = predictions["pred_boxes"][0, queries] * torch.tensor([128 * 160 / 107, 96, 128 * 160 / 107, 96])
         ours = layer["boxes"]
