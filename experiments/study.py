@@ -97,16 +97,10 @@ def mean_sd(values):
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def half_width(differences):
-    """Half the width of Student's 95 % confidence interval of the mean of two or more numbers."""
-    count = len(differences)
-    return float(stats.t.ppf(0.975, count - 1)) * stdev(differences) / count**0.5
-
-
 def paired(ours, theirs):
-    """Mean of the differences of pairs and its 95 % interval, for printing: "+3.6 [+2.1, +5.1]"."""
+    """Mean of the differences of pairs and Student's 95 % interval of it, for printing: "+3.6 [+2.1, +5.1]"."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(differences) < 2:
         return f"{differences[0]:+.1f}"
-    middle, half = mean(differences), half_width(differences)
+    middle, half = mean(differences), stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
     return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"

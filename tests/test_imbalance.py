@@ -42,8 +42,8 @@ def test_table_of_the_tolerance():
 
 
 def test_interval_against_a_table_of_student():
-    """For 95 % and 4 degrees of freedom a table has 2.776."""
-    assert study.half_width([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
+    """For 95 % and 4 degrees of freedom a table has 2.776; 2.776 * 15.811 / 5**0.5 = 19.6."""
+    assert study.paired([10.0, 20.0, 30.0, 40.0, 50.0], [0.0] * 5) == "+30.0 [+10.4, +49.6]"
     assert study.paired([3.0], [1.5]) == "+1.5" and study.mean_sd([3.0]) == "3.0"
 
 
