@@ -64,8 +64,8 @@ def join_pairs(pairs, sets, counts):
     for image in range(len(counts)):
         for number, suffix in enumerate(sets):
             query, instance = pairs[suffix][image]
-            where = 0 * query + number, 0 * query + image
-            found.append((*where, query + sum(sizes[:number]), instance + sum(counts[:image])))
+            ones = np.ones_like(query)
+            found.append((number * ones, image * ones, query + sum(sizes[:number]), instance + sum(counts[:image])))
     return torch.from_numpy(np.concatenate(found, 1))
 
 
