@@ -147,14 +147,14 @@ def side_by_side(pictures, titles):
     return torch.cat(columns, 2)[..., :-gap]
 
 
-def draw_rows(columns, height=512):
-    """Pictures in aligned rows of one height, with names that can be read.
+def draw_rows(columns):
+    """Pictures in aligned rows of 512 pixels, with names that can be read.
 
     columns: a list of columns, each a list with (image, instances, classes) for every row, of images of one size: what
     `draw_instances` takes. An image more than three times as wide as high becomes less high.
     Returns (3, H', W') uint8.
     """
-    drawn = []
+    drawn, height = [], 512
     for column in columns:
         old = column[0][0].shape[1:]
         scale = min(height / old[0], 3 * height / old[1])

@@ -162,7 +162,7 @@ def test_rows_are_aligned(tmp_path):
         height, width = size
         found = instances((0, 0, width // 2, height), size=size)
         columns.append([(image(size), found, CLASSES), (image(size), instances(size=size), CLASSES)])
-    drawn = draw_rows(columns, height=512)
+    drawn = draw_rows(columns)
     assert drawn.dtype == torch.uint8 and drawn.shape == (3, 2 * 516, 772 + 345 + 516 + 1540 + 8)
     white = (drawn == 255).all(0)
     for row in (drawn[:, :512], drawn[:, 516:-4]):
