@@ -103,7 +103,7 @@ def read_config(released):
         entries = Counter(match[1] for name in released if (match := re.match(pattern + r"\.\d+\.(.*)", name)))
         return mode(entries.values()) if entries else None
 
-    number = lambda start: sum(name.startswith(start) for name in released)  # noqa: E731
+    number = lambda start: sum(name.startswith(start) for name in released)
     swin, di = number("backbone.layers.") > number("backbone.res"), number(PREDICTOR + "oldm") > 1
     encoder_layers, decoder_layers = ENCODER + r"transformer\.encoder\.layers", PREDICTOR + r"decoder\.layers"
     found = {

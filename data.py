@@ -279,7 +279,7 @@ def collate(batch):
 def to_device(batch, device):
     """(images, targets) of `collate` on the device; what is no tensor stays as it is."""
     images, targets = batch
-    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+    move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
     return list(map(move, images)), [{key: move(value) for key, value in target.items()} for target in targets]
 
 

@@ -99,7 +99,7 @@ def system_fonts():
         from matplotlib.font_manager import findSystemFonts
 
         fancy = "bold italic oblique light thin black serif mono condensed lastresort".split()
-        key = lambda path: (sum(word in Path(path).name.lower() for word in fancy), path)  # noqa: E731
+        key = lambda path: (sum(word in Path(path).name.lower() for word in fancy), path)
         return *FONTS, *sorted(findSystemFonts(), key=key)
     return FONTS
 

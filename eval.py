@@ -163,7 +163,7 @@ def write_results(results, coco, path, masks_path):
     COCO's tools take the area of a mask from the box where a result has both, and the box from the mask where it has
     only that: the first file gives the AP and AR of both, but APs, APm and APl of masks need the second.
     """
-    own = lambda table, number: table[number].get("file_id", number)  # noqa: E731
+    own = lambda table, number: table[number].get("file_id", number)
     for file, without in ((path, None), (masks_path, "bbox")):
         lines = []
         for result in results:

@@ -32,7 +32,7 @@ def sample_masks(masks, points):
 
 def pairwise_giou(a, b):
     """Generalised IoU (..., N, M) of all pairs of cxcywh boxes (..., N, 4) and (..., M, 4); 1e-6 in divisors."""
-    area = lambda sides: torch.mul(*sides.unbind(-1))  # noqa: E731  (backward, `prod` would read values off a GPU)
+    area = lambda sides: torch.mul(*sides.unbind(-1))  # backward, `prod` would read values off a GPU
     (centre_a, size_a), (centre_b, size_b) = a.unsqueeze(-2).chunk(2, -1), b.unsqueeze(-3).chunk(2, -1)
     half_a, half_b = size_a / 2, size_b / 2
     low_a, high_a, low_b, high_b = centre_a - half_a, centre_a + half_a, centre_b - half_b, centre_b + half_b

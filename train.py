@@ -98,7 +98,7 @@ def make_schedule(args, num_images):
     lr, backbone_lr, warmup   the highest rates, and the iterations in which they rise to them
     """
     recipe = RECIPES[args.schedule or (args.preset if args.preset in RECIPES else "12ep")]
-    given = lambda value, default: default if value is None else value  # noqa: E731  (0 is a value)
+    given = lambda value, default: default if value is None else value  # 0 is a value
     batch_size = given(args.batch_size, recipe.batch_size)
     step_size = batch_size * args.accumulate
     iterations = math.ceil(given(args.epochs, recipe.epochs) * num_images / step_size)
@@ -234,7 +234,7 @@ class Trainer:
         if 2 * (warmup := schedule.warmup) >= stop:
             distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
         counts = [len(self.train_set.instances[image_id]) for image_id in self.train_set.image_ids]
-        hold = lambda limit: f"{sum(n > limit for n in counts)} of {images} images hold more instances than"  # noqa: E731
+        hold = lambda limit: f"{sum(n > limit for n in counts)} of {images} images hold more instances than"
         queries, denoising = self.model.config.selections[-1], self.model.config.denoising_queries
         if max(counts) > queries:
             advice = f"it can find {queries} in an image; the last number of --selections sets how many"
@@ -431,7 +431,7 @@ class Trainer:
         rates = {"lr": lr, "images_per_second": self.seen / span, "waiting": self.waited / span}
         if self.device.type == "cuda":
             rates["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        of_kind = lambda names: {name: mean for name, mean in means.items() if name.startswith(names)}  # noqa: E731
+        of_kind = lambda names: {name: mean for name, mean in means.items() if name.startswith(names)}
         weighted = {kind: self.criterion.total(of_kind(names)) for kind, names in KINDS.items()}
         self.progress.step(loss=means["loss"], **weighted, **rates)
         if steps == LOG_EVERY or self.iteration == self.schedule.iterations:

@@ -166,7 +166,7 @@ def read_weights(path, trust_pickle=False):
 
 def mismatches(found, expected):
     """What is wrong with entries {name: tensor} where {name: shape} is expected: one line for each wrong entry."""
-    shape = lambda name: tuple(found[name].shape)  # noqa: E731
+    shape = lambda name: tuple(found[name].shape)
     common = [name for name in found if name in expected and shape(name) != tuple(expected[name])]
     return [
         *(f"missing: {name}, of shape {tuple(expected[name])}" for name in expected if name not in found),

@@ -60,7 +60,7 @@ def same_weights(model, folder):
     if not path.exists():
         torch.save(model.state_dict(), path)
     weights = torch.load(path, weights_only=True)
-    ends = lambda name: next(found for found in weights if f".{name}".endswith(f".{found}"))  # noqa: E731
+    ends = lambda name: next(found for found in weights if f".{name}".endswith(f".{found}"))
     model.load_state_dict({name: weights[ends(name)] for name in model.state_dict()})
 
 

@@ -311,7 +311,7 @@ def test_large_images_are_no_attack(tmp_path):
 
 def unpacked(data, detections):
     """(truths, detections) of every image, as `own_numbers` takes them."""
-    of = lambda entry, **more: {  # noqa: E731
+    of = lambda entry, **more: {
         "category": entry["category_id"], "box": entry["bbox"], "mask": decode(entry["segmentation"]), **more
     }  # fmt: skip
     images = []

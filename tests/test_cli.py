@@ -552,7 +552,7 @@ def test_limits_of_the_machine_are_one_line(error, says):
 
 
 def test_processes_agree(tmp_path):
-    start = lambda function, *more: lambda rank, **options: Process(function, rank, *more, **options)  # noqa: E731
+    start = lambda function, *more: lambda rank, **options: Process(function, rank, *more, **options)
     processes = group(start(talk, tmp_path / "talk"), tmp_path / "talk", world=3)
     assert [process.wait() for process in processes] == [1, 1, 0]
     assert [process.out for process in processes] == ["said by 0\n", "", ""]

@@ -331,7 +331,7 @@ def test_boxes_of_outlines_that_run_around_a_corner_of_the_crop():
 
 def test_instances_without_extent_are_left_out_and_those_without_a_pixel_kept():
     image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
-    square = lambda x, y, side: [[x, y, x + side, y, x + side, y + side, x, y + side]]  # noqa: E731
+    square = lambda x, y, side: [[x, y, x + side, y, x + side, y + side, x, y + side]]
     point, small, outside, line = square(5.0, 5, 0), square(5.1, 5.1, 0.2), square(50.0, 5, 4), [[1.0, 2, 9, 2, 4, 2]]
     segmentations = [point, SQUARE, small, outside, line, compressed_rle(0 * square_mask())]
     _, boxes, masks, kept = augment(image, segmentations, False, (HEIGHT, WIDTH), (0, 0), 40)

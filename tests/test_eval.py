@@ -195,7 +195,7 @@ def random_set(seed, image_ids, per_image, only=None):
 
 def test_only_images_of_one_size_share_a_batch(squares, monkeypatch):
     seen, detect = [], evaluation.detect
-    spy = lambda model, images, sizes, *rest: seen.append(sizes) or detect(model, images, sizes, *rest)  # noqa: E731
+    spy = lambda model, images, sizes, *rest: seen.append(sizes) or detect(model, images, sizes, *rest)
     monkeypatch.setattr(evaluation, "detect", spy)
     evaluation.find_results(*oracle_and_data(squares))
     assert seen == [[(64, 64)] * 4, [(128, 128)]]
@@ -207,7 +207,7 @@ def test_split_test(squares, monkeypatch):
     (squares / "annotations").mkdir()
     (squares / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
     (squares / "images").rename(squares / "test2017")
-    oracle = lambda path, device: (Oracle(squares / "val.json", NAMES), {"classes": NAMES})  # noqa: E731
+    oracle = lambda path, device: (Oracle(squares / "val.json", NAMES), {"classes": NAMES})
     monkeypatch.setattr(evaluation, "load_model", oracle)
     flags = ["--checkpoint", "c.pt", "--data-root", squares, "--split", "test", "--results", squares / "r.json"]
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), "--workers", "0", "--device", "cpu"])
@@ -369,7 +369,7 @@ def run(squares, monkeypatch, capsys):
     """eval.py on `squares` in this process, with an oracle for a checkpoint; returns what it prints."""
 
     def program(*flags, classes=NAMES):
-        oracle = lambda path, device: (Oracle(squares / "val.json", list(classes)), {"classes": list(classes)})  # noqa: E731
+        oracle = lambda path, device: (Oracle(squares / "val.json", list(classes)), {"classes": list(classes)})
         monkeypatch.setattr(evaluation, "load_model", oracle)
         data = ["--val-json", squares / "val.json", "--val-images", squares / "images"]
         flags = ["--checkpoint", "c.pt", *data, "--workers", 0, "--device", "cpu", *flags]

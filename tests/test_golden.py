@@ -350,7 +350,7 @@ def test_padded_detections(padded, load):
 def test_padded_matching(padded, load, monkeypatch):
     golden = load(padded.name)
     points = np.random.RandomState(golden["match_points_seed"]).rand(1, 12544, 2)
-    shared = lambda *size, dtype, device: torch.from_numpy(points).to(device, dtype).expand(*size)  # noqa: E731
+    shared = lambda *size, dtype, device: torch.from_numpy(points).to(device, dtype).expand(*size)
     monkeypatch.setattr(torch, "rand", shared)
     targets = recipe_targets(480, 512, golden["match_targets"].tolist(), 5)
     matcher = HungarianMatcher(PRESETS["dimaskdino_r50"])

@@ -17,7 +17,7 @@ def study_runs():
     """Made-up runs: seeds 0 and 1 of some rows, and seed 2 of one of them."""
     boxes = {"neither": (10, 12), "DI": (13, 17, 30), "neither, random position tokens": (8, 8),
              "DI, random position tokens": (12, 17, 2)}  # fmt: skip
-    layers = lambda box: [{"box": box - 4, "mask": box}, {"box": box - 1, "mask": box}, {"box": box, "mask": box + 2}]  # noqa: E731
+    layers = lambda box: [{"box": box - 4, "mask": box}, {"box": box - 1, "mask": box}, {"box": box, "mask": box + 2}]
     return [{"row": row, "seed": seed, "layers": layers(box)} for row, some in boxes.items()
             for seed, box in enumerate(some)]  # fmt: skip
 
@@ -87,7 +87,7 @@ if sys.argv[2] != "stop":
 def test_runs_go_on_and_failures_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments.imbalance"])
     (tmp_path / "script.py").write_text(SCRIPT)
-    runs = lambda word: [(tmp_path / n, "eval.json", [tmp_path / "script.py", tmp_path / n, w])  # noqa: E731
+    runs = lambda word: [(tmp_path / n, "eval.json", [tmp_path / "script.py", tmp_path / n, w])
                          for n, w in (("a", "end"), ("b", word), ("c", "end"))]  # fmt: skip
     for word, status in (("fail", 3), ("stop", 0)):  # stopped by a signal, train.py ends with status 0
         with pytest.raises(SystemExit, match=rf"imbalance: error: .*b: stopped before its end \(status {status}\)"):

@@ -255,7 +255,7 @@ def part_of_two(rank, shapes, output):
     """What one of two processes makes of its share of several steps."""
     dist.init_process_group("gloo")
     images, targets = samples(shapes)
-    share = lambda first, targets: (images[first + rank : first + 4 : 2], targets[first + rank : first + 4 : 2])  # noqa: E731
+    share = lambda first, targets: (images[first + rank : first + 4 : 2], targets[first + rank : first + 4 : 2])
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         fix_points(patch)
@@ -281,7 +281,7 @@ def test_two_processes_are_one(shapes, fixed_points, no_ties, tmp_path):
 
     Denoising groups follow the images of each process: off, or with as many instances in every image, for the equality.
     """
-    start = lambda rank, **options: Process(part_of_two, rank, str(shapes), str(tmp_path / "two"), **options)  # noqa: E731
+    start = lambda rank, **options: Process(part_of_two, rank, str(shapes), str(tmp_path / "two"), **options)
     for process in group(start, tmp_path / "process"):
         assert process.wait() == 0, process.err
     found = [torch.load(tmp_path / f"two.{rank}.pt") for rank in (0, 1)]
@@ -406,7 +406,7 @@ def test_the_best_of_all_evaluations_is_kept(run, tmp_path, monkeypatch):
     pairs = iter([(3.0, 1.0), (2.0, 4.0), (5.0, None), (1.0, 5.0)])
     monkeypatch.setattr(train, "find_results", lambda *args, **options: [[]])
     monkeypatch.setattr(train, "save_picture", lambda *_: None)
-    scores = lambda *_: {kind: {"AP": ap} for kind, ap in zip(("box", "mask"), next(pairs), strict=True)}  # noqa: E731
+    scores = lambda *_: {kind: {"AP": ap} for kind, ap in zip(("box", "mask"), next(pairs), strict=True)}
     monkeypatch.setattr(train, "score", scores)
     for stop in (6, 12):
         run("--output", tmp_path / "out", *SMALL, "--max-iterations", stop, "--resume")
@@ -452,7 +452,7 @@ def test_torchrun_trains_as_one_process_does(shapes, tmp_path):
 
 def two_programs(tmp_path, *flags, by_rank=None):
     """train.py in two processes, by_rank[rank] being flags of one alone; their list."""
-    start = lambda rank, **options: program("train", *flags, *(by_rank or {}).get(rank, []), **options)  # noqa: E731
+    start = lambda rank, **options: program("train", *flags, *(by_rank or {}).get(rank, []), **options)
     return group(start, tmp_path / "train")
 
 

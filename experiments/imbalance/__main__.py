@@ -62,7 +62,7 @@ def per_layer(runs, name, kind, seeds=None):
     """
     chosen = [run for run in runs if run["row"] == name and (seeds is None or run["seed"] in seeds)]
     chosen = [run["layers"] for run in sorted(chosen, key=lambda run: run["seed"])]
-    value = lambda layer: layer["box"] - layer["mask"] if kind == "gap" else layer[kind]  # noqa: E731
+    value = lambda layer: layer["box"] - layer["mask"] if kind == "gap" else layer[kind]
     return [[value(layer) for layer in layers] for layers in zip(*chosen, strict=True)]
 
 
@@ -142,7 +142,7 @@ def plot(runs, path):
     for axes, name in zip(panels, MODULES, strict=True):
         box, mask = (per_layer(runs, name, kind) for kind in ("box", "mask"))
         if box:
-            spread = lambda kind: [stdev(v) if len(v) > 1 else 0 for v in kind]  # noqa: E731
+            spread = lambda kind: [stdev(v) if len(v) > 1 else 0 for v in kind]
             draw_layers(axes, *([mean(v) for v in kind] for kind in (box, mask)), spread(box), spread(mask))
         axes.set_title({"neither": "neither (Mask DINO)", "DI and BATO": "DI and BATO (DI-MaskDINO)"}.get(name, name))
     panels[0].set_ylabel("AP (numbers: box - mask)")
@@ -177,7 +177,7 @@ def main():
                 shlex.split(args.launcher))  # fmt: skip
 
     runs += collect(output, args.seeds)
-    order = lambda run: (run["seed"], list(FLAGS).index(run["row"]))  # noqa: E731
+    order = lambda run: (run["seed"], list(FLAGS).index(run["row"]))
     runs = write_results(results / "results.json", runs, order, recipe=recipe)
     print(markdown(runs))
     try:

@@ -137,7 +137,7 @@ def markdown(runs):
     times = [[SYSTEMS[s], len(some), some[0]["epochs"], f"{some[0]['speed']:.2f}", mean_sd([r["hours"] for r in some])]
              for s, some in mine.items()]  # fmt: skip
     lines = table(["system", "seeds", "epochs", "images per second of computing", "hours by the clock"], times)
-    cell = lambda some: mean_sd(some) if some else "-"  # noqa: E731
+    cell = lambda some: mean_sd(some) if some else "-"
     rows = [[f"{kind}, {SYSTEMS[s]}", *(cell(values(runs, s, kind, metric)) for metric in METRICS)]
             for kind in ("box", "mask") for s in mine]  # fmt: skip
     lines += table(["", *METRICS], rows)
@@ -301,7 +301,7 @@ def main():
     scoring = ["-m", "experiments.real_images.scoring", "--data-root", args.data_root]
     run_all([(f, "scores.json", [*scoring, f]) for _, _, f in work], args.jobs)
 
-    order = lambda run: (run["seed"], list(SYSTEMS).index(run["system"]))  # noqa: E731
+    order = lambda run: (run["seed"], list(SYSTEMS).index(run["system"]))
     runs = write_results(file, collect(args, output, epochs), order, settings=settings)
     print(markdown(runs))
     folders = {s: output / f"{s}-0" for s in SYSTEMS if (output / f"{s}-0" / "checkpoint.pt").exists()}
