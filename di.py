@@ -82,13 +82,12 @@ def boxes_from_masks(mask_logits, box_init="mask"):
     "bitmask" it reaches to the last index + 1, and an empty mask gives (0, 0, 0, 0).
     """
     logits, dtype = mask_logits.detach(), full_precision(mask_logits[:0]).dtype
-    extremes = []
+    wider, extremes = int(box_init == "bitmask"), []
     for line in (logits.amax(-2) > 0, logits.amax(-1) > 0):  # (B, Q, W) columns, (B, Q, H) rows
-        size = line.shape[-1]
-        index = torch.arange(size, device=line.device)
-        wider = int(box_init == "bitmask")
-        first, last = torch.where(line, index, size).amin(-1), torch.where(line, index + wider, 0).amax(-1)
-        first, last = (torch.minimum(first, last), last) if wider else (first, torch.maximum(first, last))
+        size, there = line.shape[-1], line.any(-1)
+        empty = 0 if wider else size  # where the box of an empty mask lies
+        first = torch.where(there, line.int().argmax(-1), empty)  # the first of equal ones
+        last = torch.where(there, size - 1 - line.flip(-1).int().argmax(-1) + wider, empty)
         extremes.append(torch.stack([first + last, 2 * (last - first)], -1).to(dtype) / (2 * size))
     return torch.stack(extremes, -1).flatten(-2)  # [[cx, cy], [w, h]] -> (cx, cy, w, h)
 
