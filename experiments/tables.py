@@ -281,7 +281,8 @@ def run(chosen, data, data_root, output, gpus):
                 if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
                     command = [*command, "--resume"]
             print(f"{TITLES[row.table]}, {row.name}: {shlex.join(command)}", flush=True)
-            words = [sys.executable, *command[1:]] if command[0] == "python" else command
+            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []  # it may not be on the PATH
+            words = [sys.executable, *module, *command[1:]]
             with ThreadPoolExecutor(1) as pool:  # which lets it save on Ctrl-C: subprocess.run alone would kill it
                 status = pool.submit(subprocess.run, words, cwd=ROOT).result().returncode
             if status or ("train.py" in command and not (folder / "eval.json").exists()):

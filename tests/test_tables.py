@@ -257,6 +257,8 @@ def test_run(capsys, monkeypatch, tmp_path, ran):
     printed(capsys, monkeypatch, "table5", "table6", "table7", *flags)  # some of their rows are Table 4's
     assert len(ran) == 8 and [words[-4] for words in ran[4:6]] == ["--guidance", "--guidance"]
     assert "| T_i | 46.2 / 41.8 | 43.0 / 30.0 |" in (tmp_path / "coco" / "results.md").read_text()
+    printed(capsys, monkeypatch, "table9", *flags, "--gpus", "2")  # by the Python that runs, as torchrun may be nowhere
+    assert ran[-1][:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
 def test_run_of_the_figure_and_of_table_3(capsys, monkeypatch, tmp_path, ran):
