@@ -89,10 +89,11 @@ class Decoder(nn.Module):
 
     @published
     def layer(self, queries, features, heads, number, attn_mask=None):
-        """One layer by its number, from 0. Returns `Queries` (B, Q, ...) with its output and its refined boxes.
+        """One layer, self.layers[number]. Returns `Queries` (B, Q, ...) with its output and its refined boxes.
 
-        Layer 0 is Eq. 4 and gives Q_bal, the others Eq. 9; their reference boxes have no gradient, those of layer 0,
-        which come from DI, have theirs. attn_mask (Q, Q) bool, True where hidden, or None.
+        The first, number 0, is Eq. 4 and gives Q_bal, the others Eq. 9; their reference boxes have no gradient, those
+        of the first, which come from DI, have theirs. attn_mask (Q, Q) bool, True where hidden, or None. (The losses
+        and eval.py number predictions: 0 is that on the decoder's input, 1 that of this first layer.)
         """
         content, boxes = queries
         boxes = boxes if number == 0 else boxes.detach()

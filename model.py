@@ -59,7 +59,7 @@ class DIMaskDINO(nn.Module):
         """
         heads, decoder = self.heads, self.decoder
         features = self.encoder(self.backbone(self.batch(images)))  # Sec. 3.2.1: T_i and F
-        queries, stages, outputs = self.di(features, heads)  # Sec. 3.2.2, Eq. 1-3: T_s2 and its boxes
+        queries, stages, outputs = self.di(features, heads)  # Sec. 3.2.2, Eq. 1-3: T_s2; stages: T_s1 and T_s2
         queries, num_dn, groups, attn_mask = self.denoising(queries, targets)  # in training, these come first
 
         guiding, layers = None, [heads(*queries, features.pixel_features)]  # predictions on the decoder's input
