@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as transforms
 
 from config import InputError
 from files import explaining
@@ -76,7 +77,7 @@ class CocoInstances(Dataset):
             image, instances = resize_shorter(self._read(index), *self.test_size), {}
         entry = self.coco.imgs[self.image_ids[index]]
         target = {"image_id": entry["id"], "original_size": (entry["height"], entry["width"])}
-        return F.to_dtype(image, torch.float32, scale=True), target | instances
+        return transforms.to_dtype(image, torch.float32, scale=True), target | instances
 
     def ground_truth(self, index, augmentation=None, generator=None):
         """Item `index` with its instances, augmented or as the evaluation sees it: to draw, and to train.
@@ -105,12 +106,12 @@ def resize_shorter(image, shorter, longer):
     """The image (3, H, W) with its shorter side `shorter` long, or less where the longer one would exceed `longer`."""
     height, width = image.shape[1:]
     scale = min(shorter / min(height, width), longer / max(height, width))
-    return F.resize(image, [max(1, int(pixels * scale + 0.5)) for pixels in (height, width)], antialias=True)
+    return transforms.resize(image, [max(1, int(pixels * scale + 0.5)) for pixels in (height, width)], antialias=True)
 
 
 def eval_transform(image, shorter, longer):
     """The test-time transform of an image alone: (3, H, W) uint8 -> float32 in [0, 1], see `resize_shorter`."""
-    return F.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
+    return transforms.to_dtype(resize_shorter(image, shorter, longer), torch.float32, scale=True)
 
 
 # --- augmentation: large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3) as the released code does it
@@ -138,10 +139,10 @@ def augment(image, segmentations, flip, resized, offset, size):
     (3, size, size) uint8 and `place_instances`' boxes, masks and kept.
     """
     placed = place_instances(segmentations, image.shape[1:], flip, resized, offset, (size, size))
-    image = F.resize(image, list(resized), antialias=True)
-    image = F.horizontal_flip(image) if flip else image
+    image = transforms.resize(image, list(resized), antialias=True)
+    image = transforms.horizontal_flip(image) if flip else image
     image = image[:, offset[0] : offset[0] + size, offset[1] : offset[1] + size]
-    return F.pad(image, [0, 0, size - image.shape[2], size - image.shape[1]], fill=128), *placed
+    return transforms.pad(image, [0, 0, size - image.shape[2], size - image.shape[1]], fill=128), *placed
 
 
 def place_instances(segmentations, image_size, flip, resized, offset, window):
@@ -266,7 +267,7 @@ def collate(batch):
         if "boxes" in target:
             boxes, masks = box_convert(target["boxes"], "xyxy", "cxcywh"), target["masks"]
             padding = (0, padded_width - image.shape[2], 0, padded_height - image.shape[1])
-            masks = torch.nn.functional.pad(masks, padding) if any(padding) else masks
+            masks = F.pad(masks, padding) if any(padding) else masks
             target = target | {"boxes": boxes / torch.tensor([padded_width, padded_height] * 2), "masks": masks}
         targets.append(target)
     if get_worker_info():  # here, where an error is heard of; in the thread that sends the batch it would be lost
