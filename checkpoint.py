@@ -111,7 +111,8 @@ class Output:
     """
 
     def __init__(self, folder, resume):
-        self.folder, self.lock, self.resumed = Path(folder), False, None
+        self.folder, self.resumed = Path(folder), None
+        self.lock = False  # `lock_file`'s, once the folder is claimed
         if self.folder.is_dir():
             self.claim(resume)
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 import data
 from experiments.study import commit, machine
-from formats.coco import coco_paths
+from formats.coco import coco_paths, read_annotations
+from formats.images import DataError
 
 AUGMENTATION = 1024, (0.1, 2.0)  # the published one
 COCO_ANNOTATIONS_PER_IMAGE = 860_001 / 118_287  # of train2017
@@ -115,7 +116,7 @@ def measure_check(count):
         path, images = write_annotations(Path(folder), count)
         before = memory()
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        dataset = data.read_annotations(path, images)
+        dataset = read_annotations(path, images)
         checked, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
         held, peak = memory() - before, memory("VmHWM") - before
         print(
@@ -157,7 +158,7 @@ def main():
             measure_loader(dataset, args.images, args.workers, args.batch_size)
         if args.annotation_check:
             measure_check(args.annotation_check)
-    except data.DataError as error:
+    except DataError as error:
         sys.exit(f"benchmarks.data_loading: {error}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import beside
-from model import PRESETS, build_model
+from model import PRESETS, build_model  # PRESETS is there in every checkout
 
 try:
     from detections import postprocess

@@ -12,7 +12,7 @@ from benchmarks import beside
 from benchmarks.criterion import Calls, random_targets
 from benchmarks.fake_gpu import FakeGPU
 from losses import SetCriterion
-from model import PRESETS, build_model
+from model import PRESETS, build_model  # PRESETS is there in every checkout
 from train import backward, parameter_groups
 
 
