@@ -63,7 +63,7 @@ def load_model(path, device="cpu", overrides=None):
         if len(checkpoint.get(key, classes)) != model.config.num_classes:
             numbers = f"{len(checkpoint[key])} {key} for {model.config.num_classes} classes"
             raise InputError(f"{path}: holds {numbers}; correct its entry {key!r}")
-    model.load_state_dict(weights)
+    model.float().load_state_dict(weights)  # whatever the caller's default dtype
     return model.to(device).eval(), checkpoint
 
 
@@ -141,6 +141,8 @@ class Output:
         if self.lock:  # so that no one else is writing
             for path in self.folder.glob(f".{'[0-9a-f]' * 32}.tmp"):  # a killed process has left it
                 path.unlink()
+        if self.resumed and self.resumed[0].name != "checkpoint.pt":  # that is lost or damaged
+            link(self.resumed[0], "checkpoint.pt")
         entries = read_log(self.folder / "log.jsonl", iteration)
         self.log = open(self.folder / "log.jsonl", "a", buffering=1)
         return entries

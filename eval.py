@@ -243,7 +243,7 @@ def prepare(args, device):
         if path.exists() and not is_drawing(path):
             raise InputError(f"{path}: would be overwritten by a chart, but is not one; choose another --output")
     names = [args.results, Path(args.results).with_suffix(".segm.json")] if args.results else []
-    results = [new_file(name, b"[\n") for name in names]
+    results = [new_file(name, b'[\n{"image_id"') for name in names]
     if output and output.resolve() in [path.resolve() for path in results]:
         raise InputError(f"--output and --results: both write {output}; give two names")
     model, checkpoint = load_model(args.checkpoint, device)

@@ -97,9 +97,11 @@ def open_file(path, compiled=False):
     if path.suffix == ".onnx":
         import onnxruntime  # only here: an extra
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]
-    return torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+    if compiled:
+        return torch._inductor.aoti_load_package(str(path))
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
 def largest_difference(expected, found):

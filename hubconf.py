@@ -108,7 +108,7 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
         if max_detections < 1:
             raise ValueError(f"max_detections {max_detections}: must be 1 or more")
         if isinstance(checkpoint, dict):  # of __reduce__
-            model, content = _model.DIMaskDINO(_config.Config(**checkpoint["config"])).eval(), checkpoint
+            model, content = _model.DIMaskDINO(_config.Config(**checkpoint["config"])).float().eval(), checkpoint
             model.load_state_dict(content["model"])
         else:
             model, content = _checkpoint.load_model(checkpoint)

@@ -106,7 +106,7 @@ def claim_output(output, images, lists):
         entries = json.loads((output / "images.json").read_bytes())
         earlier = isinstance(entries, list) and all("overlay" in entry for entry in entries)
     for path in [output / name for name in names] + lists:
-        if path.exists() and not (is_drawing(path) if path.suffix == ".png" else earlier):
+        if path.exists() and (path in images or not (is_drawing(path) if path.suffix == ".png" else earlier)):
             raise InputError(f"{path}: would be overwritten, but is not of predict.py; choose another --output")
     return names
 

@@ -67,6 +67,8 @@ def file_kind(path):
         return "a web page, not the weights behind it; download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; fetch them with git lfs pull"
+    if zipfile.is_zipfile(path) and not is_pickle(path):
+        return "an archive without a checkpoint, perhaps of export.py; give the checkpoint itself"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start) and start.isascii() and not is_pickle(path):
         return "a text, not weights; check the path"
 

@@ -1,5 +1,6 @@
 """Image files read as upright tensors, and the error that all data modules raise."""
 
+import os
 import struct
 import threading
 import time
@@ -59,6 +60,8 @@ def read_image(path, size=None):
 
 
 _pil = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a forked process shall not wait for a thread that it lacks
+    os.register_at_fork(before=_pil.acquire, after_in_parent=_pil.release, after_in_child=_pil.release)
 
 
 def with_image(path, read, again=True):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from programs import SMALL, TRAINING, Process, assert_same_run, checkpoint, copy
 import checkpoint as checkpoints
 import cli
 from backbone import ResNet
-from checkpoint import load_init, load_model, load_starting_point, read_checkpoint, read_log, save_checkpoint
+from checkpoint import Output, load_init, load_model, load_starting_point, read_checkpoint, read_log, save_checkpoint
 from config import PRESETS, Config, InputError
 from model import DIMaskDINO, build_model
 from train import parse_arguments
@@ -55,6 +56,11 @@ def test_a_damaged_checkpoint_is_passed_over(run, uninterrupted, tmp_path, capsy
     printed = capsys.readouterr()
     assert "checkpoint.pt" in printed.err and f"resuming {output / 'previous.pt'} after iteration 10" in printed.out
     assert_same_run(output, uninterrupted)
+    (output / "checkpoint.pt").unlink()
+    resumed = Output(output, resume=True)
+    resumed.begin(10)
+    assert (output / "checkpoint.pt").samefile(output / "previous.pt")
+    resumed.lock.close()
     for name in ("checkpoint.pt", "previous.pt"):
         (output / name).write_bytes(b"PK")
     with pytest.raises(InputError, match="previous.pt: is a text, not weights"):
@@ -289,6 +295,9 @@ def test_what_is_no_checkpoint_is_called_what_it_is(content, tmp_path):
     ):
         path.write_text(text)
         fails(path, says)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.json", "{}")
+    fails(path, "is an archive without a checkpoint, perhaps of export.py")
     fails(tmp_path / "none.pt", "no such file")
     torch.save({"state_dict": content["model"]}, path)
     fails(path, "run convert.py on a released one .*tensors in it, but no 'config' and no 'classes'")

@@ -517,6 +517,7 @@ def test_two_processes_are_one(squares):
         (["--split", "test"], "--split test: .*--data-root"),
         (["--output", "DIR/val.json"], "val.json: exists and is another kind of file"),
         (["--results", "DIR/val.json"], "val.json: exists and is another kind of file"),
+        (["--results", "DIR/list.json"], "list.json: exists and is another kind of file"),
         (["--results", "DIR/images/0.png"], "0.png: is to be a JSON file"),
         (["--output", "DIR/images/0.png/s.json"], "s.json: cannot be written"),
         (["--output", "DIR/s.json", "--results", "DIR/images/../s.json"], "give two names"),
@@ -524,6 +525,7 @@ def test_two_processes_are_one(squares):
     ],
 )
 def test_wrong_flags(squares, run, flags, says):
+    (squares / "list.json").write_text('[\n  {"image_id": 1}\n]\n')
     before = {path: path.read_bytes() for path in squares.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=says):
         run(*(flag.replace("DIR", str(squares)) for flag in flags))

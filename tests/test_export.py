@@ -1,5 +1,6 @@
 """export.py: the files run without this repository, at any size and batch, and equal the model."""
 
+import os
 import re
 import resource
 import shutil
@@ -113,7 +114,9 @@ def swin(tmp_path, monkeypatch):
     toys.save(tmp_path / "c.pt", small_model(backbone="swin_small", **MASK_DINO))
 
 
-@pytest.mark.parametrize("file, flags", [("swin.pt2", []), ("mask_dino.pt2", ["--half"]), ("mask_dino.onnx", [])])
+@pytest.mark.parametrize(
+    "file, flags", [("swin.pt2", []), ("mask_dino.pt2", ["--half"]), (os.fsdecode(b"mask_dino \xff.onnx"), [])]
+)
 def test_program_says_how_far_the_file_is_from_the_model(file, flags, program, swin, tmp_path):
     """At one size: Mask DINO's operators are some of DI-MaskDINO's, and tracing for all sizes takes a minute."""
     if file.endswith(".onnx"):
@@ -124,7 +127,7 @@ def test_program_says_how_far_the_file_is_from_the_model(file, flags, program, s
     status, said = program("c.pt", file, "--size", "96", "160", "--max-detections", "7", *flags)
     assert status == 0
     written, takes, checked = said.splitlines()
-    assert written.startswith(f"{file}: written in")
+    assert written.startswith(f"{file.encode(errors='backslashreplace').decode()}: written in")
     assert takes == "takes batch 1 to 1, height 96 to 96, width 160 to 160, in steps of 32 pixels"
     assert checked.startswith("1 x 96 x 160: largest difference")
     scores, *others = map(float, re.findall(r"([\d.e+-]+) in ", checked.partition(":")[2]))

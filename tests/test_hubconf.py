@@ -88,6 +88,16 @@ def test_anything_else_gets_an_error_that_says_what_is_expected(predictor, image
         predictor(image)
 
 
+def test_a_program_may_have_another_default_dtype(predictor, small_checkpoint, photo):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = load("predictor", checkpoint=small_checkpoint, device="cpu")
+        assert same(other(photo), predictor(photo)) and same(pickle.loads(pickle.dumps(other))(photo), predictor(photo))
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_predictor_of_wrong_arguments(small_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="score_threshold 30: must be between 0 and 1"):
         load("predictor", checkpoint=small_checkpoint, score_threshold=30)

@@ -1,6 +1,10 @@
 """Image files of every mode are read as the same RGB, and damaged ones are named."""
 
 import errno
+import multiprocessing
+import os
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from formats.images import DataError, image_size, read_image
+from formats.images import DataError, image_size, read_image, with_image
 
 
 def gradient(dtype, top):
@@ -101,6 +105,20 @@ def test_settings_of_the_calling_program_stay(tmp_path, monkeypatch):
         with pytest.raises(DataError):
             read_image(tmp_path / "none.png")
         assert Image.MAX_IMAGE_PIXELS == limit and warnings.filters == filters
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_is_forked_while_a_thread_reads(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    reading = threading.Event()
+    slowly = lambda image: (reading.set(), time.sleep(0.3))
+    threading.Thread(target=with_image, args=(tmp_path / "a.png", slowly)).start()
+    reading.wait()
+    child = multiprocessing.get_context("fork").Process(target=read_image, args=(tmp_path / "a.png",))
+    child.start()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError("image file is truncated")])

@@ -261,6 +261,8 @@ def test_only_what_it_wrote_is_overwritten(run, folder, tmp_path):
     for _ in range(2):
         status, printed, _ = run(folder, output=folder)
         assert status == 0 and "2 of 2 images" in printed
+    line = error_line(run(folder / "a.bmp", folder / "a.png", output=folder))  # an overlay that is given as an image
+    assert "a.png: would be overwritten" in line
 
 
 def test_two_runs_in_one_folder(run, folder, tmp_path, small_checkpoint):
