@@ -42,7 +42,8 @@ def read_checkpoint(path):
         raise InputError(f"{foreign} (there are {len(weights)} tensors in it, but no {' and no '.join(missing)})")
     if not (isinstance(checkpoint["config"], dict) and isinstance(checkpoint["classes"], list | tuple)):
         raise InputError(foreign)
-    return checkpoint | {"model": weights}
+    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in checkpoint["config"].items()}
+    return checkpoint | {"model": weights, "config": tuples}
 
 
 def load_model(path, device="cpu", overrides=None):
