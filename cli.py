@@ -278,6 +278,7 @@ def run_program(main):
             sys.exit(f"{program}: error: the word behind {name} is empty; is a variable of the shell not set?")
     if os.getpid() == 1:  # in a container, where the system drops a signal that has no handler
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here; a Figure needs none
     warnings.formatwarning = lambda message, *_: f"{program}: warning: {message}\n"
     try:
         main()

@@ -2,7 +2,6 @@
 
 import colorsys
 import contextlib
-import os
 import sys
 import unicodedata
 import warnings
@@ -24,7 +23,6 @@ FILL = 70  # opacity of a mask's inside, of 255: what is below stays visible
 # Fonts of Linux, Windows and macOS that Pillow looks for by their names; matplotlib, where it is installed, finds all.
 FONTS = "DejaVuSans.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "wqy-microhei.ttc", "malgun.ttf"
 FONTS += "msyh.ttc", "meiryo.ttc", "Arial Unicode.ttf", "AppleSDGothicNeo.ttc", "Hiragino Sans GB.ttc"
-os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here; a Figure needs none
 MARK = "DI-MaskDINO drawing.py"  # in every PNG, so that no other is overwritten
 
 

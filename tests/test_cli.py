@@ -551,6 +551,13 @@ def test_limits_of_the_machine_are_one_line(error, says):
     assert says in cli.reason_of(error)
 
 
+def test_a_notebooks_backend_that_is_not_installed():
+    pytest.importorskip("matplotlib")
+    code = "import cli, importlib; cli.run_program(lambda: importlib.import_module('matplotlib.figure'))"
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
 def test_processes_agree(tmp_path):
     start = lambda function, *more: lambda rank, **options: Process(function, rank, *more, **options)
     processes = group(start(talk, tmp_path / "talk"), tmp_path / "talk", world=3)

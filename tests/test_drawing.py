@@ -1,7 +1,5 @@
 """Pictures of instances, and the bars of box and mask AP."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -201,13 +199,6 @@ def test_bars_of_the_layers(tmp_path):
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     for colour in ((255, 127, 14), (31, 119, 180)):  # bars of box and mask
         assert (colours == colour).all(1).sum() > 1000
-
-
-def test_a_notebooks_backend_that_is_not_installed(tmp_path):
-    pytest.importorskip("matplotlib")
-    code = "import drawing; from matplotlib.figure import Figure; Figure()"
-    environment = os.environ | {"MPLBACKEND": "module://not_installed"}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(drawing.__file__).parent, env=environment, check=True)
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):

@@ -147,8 +147,8 @@ def test_pictures_are_written(checkpoints, image_path, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (["layers", "{tmp}/none.json"], InputError, "none.json: no AP per layer .*No such file"),
-        (["layers", "{tmp}/eval.json"], InputError, "eval.json: no AP per layer"),
+        (["layers", "{tmp}/none.json"], InputError, r"none.json: no AP per layer can be read from it \(.*No such file"),
+        (["layers", "{tmp}/eval.json"], InputError, r"eval.json: no AP per layer can be read from it \("),
         (["layers", "{tmp}/ok.json", "--names", "a", "b"], InputError, "--names: 2 names for 1 files"),
         (["tokens", "{tmp}/none.png", "--checkpoints", "{c}"], DataError, "none.png: no such image"),
         (["tokens", "{image}", "--checkpoints", "{tmp}/ok.json"], InputError, "ok.json: is a text"),

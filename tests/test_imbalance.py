@@ -42,8 +42,8 @@ def test_table_of_the_tolerance():
 
 
 def test_interval_against_a_table_of_student():
-    """For 95 % and 4 degrees of freedom a table has 2.776; 2.776 * 15.811 / 5**0.5 = 19.6."""
-    assert study.paired([10.0, 20.0, 30.0, 40.0, 50.0], [0.0] * 5) == "+30.0 [+10.4, +49.6]"
+    """For 95 % and 4 degrees of freedom a table has 2.776 (2.7764); 2.7764 * 1581.1 / 5**0.5 = 1963.2."""
+    assert study.paired([1000.0, 2000.0, 3000.0, 4000.0, 5000.0], [0.0] * 5) == "+3000.0 [+1036.8, +4963.2]"
     assert study.paired([3.0], [1.5]) == "+1.5" and study.mean_sd([3.0]) == "3.0"
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from config import InputError
+from cli import run_program
 from experiments import plot
 
 
@@ -79,7 +79,7 @@ def test_runs_without_layers_without_evaluation_and_without_ap(tmp_path):
 def test_program_writes_a_picture(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     runs = [str(write_log(tmp_path / name)) for name in ("a", "b")]
-    monkeypatch.setattr(sys, "argv", ["plot", *runs, "--output", str(tmp_path / "out.png")])
+    monkeypatch.setattr(sys, "argv", ["experiments.plot", *runs, "--output", str(tmp_path / "out.png")])
     plot.main()
     assert "out.png" in capsys.readouterr().out
     with Image.open(tmp_path / "out.png") as picture:
@@ -106,25 +106,25 @@ def test_damaged_logs_are_named(tmp_path, monkeypatch, content, message):
     pytest.importorskip("matplotlib")
     if content is not None:
         (tmp_path / "log.jsonl").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--output", str(tmp_path / "out.png")])
-    with pytest.raises(InputError, match=rf"log\.jsonl: {message}") as end:
-        plot.main()
-    assert "\n" not in str(end.value) and not (tmp_path / "out.png").exists()
+    monkeypatch.setattr(sys, "argv", ["experiments.plot", str(tmp_path), "--output", str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit, match=rf"log\.jsonl: {message}") as end:
+        run_program(plot.main)
+    assert "\n" not in end.value.code and not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize("output", ["out.doc", "nowhere/out.png"])
 def test_picture_that_cannot_be_written(tmp_path, monkeypatch, output):
     pytest.importorskip("matplotlib")
     write_log(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--output", str(tmp_path / output)])
-    with pytest.raises(InputError, match=f"{output}: cannot be written") as end:
-        plot.main()
-    assert "\n" not in str(end.value)
+    monkeypatch.setattr(sys, "argv", ["experiments.plot", str(tmp_path), "--output", str(tmp_path / output)])
+    with pytest.raises(SystemExit, match=f"experiments.plot: error: .*{output}: cannot be written") as end:
+        run_program(plot.main)
+    assert "\n" not in end.value.code
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    monkeypatch.setattr(sys, "argv", ["plot", str(write_log(tmp_path))])
-    with pytest.raises(InputError, match="pip install matplotlib") as end:
-        plot.main()
-    assert "\n" not in str(end.value)
+    monkeypatch.setattr(sys, "argv", ["experiments.plot", str(write_log(tmp_path))])
+    with pytest.raises(SystemExit, match="pip install matplotlib") as end:
+        run_program(plot.main)
+    assert "\n" not in end.value.code
