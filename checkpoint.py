@@ -124,7 +124,7 @@ class Output:
         self.resumed = newest_checkpoint(self.folder) if resume else None
         # A log alone, without an evaluation, is of a training that came to no checkpoint.
         log = self.folder / "log.jsonl"
-        early = resume and not (log.exists() and '"box"' in log.read_text())  # before the first evaluation
+        early = resume and not (log.exists() and b'"box"' in log.read_bytes())  # before the first evaluation
         traces = ("checkpoint.pt", "previous.pt", "best.pt", *(() if early else ("log.jsonl",)))
         there = [name for name in traces if (path := self.folder / name).exists() and path.stat().st_size]
         if there and not self.resumed:
@@ -218,8 +218,8 @@ def restore(path, checkpoint, model, optimizer, scaler, settings, schedule):
 def read_log(path, iteration):
     """The entries of a log up to this iteration; those behind it, which will be written again, and a torn line go."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the line, or the disk is damaged
             entries.append(json.loads(line))
     with explaining((KeyError, TypeError), f"{path}: is not the log of a training", "choose another --output"):
         entries = [entry for entry in entries if entry["iteration"] <= iteration]

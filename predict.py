@@ -164,7 +164,7 @@ def main():
         find = partial(detect, model, layers=layers, encode=encode_masks, autocast=autocast, **limits)
         for number in (signal.SIGINT, signal.SIGTERM):  # both as Ctrl-C: what is done is kept
             signal.signal(number, signal.default_int_handler)
-        lock = lock_file(output / ".lock")
+        _lock = lock_file(output / ".lock")
         try:
             for path in lists:
                 write_whole(path, "[]\n")
@@ -181,9 +181,6 @@ def main():
             done = [entry["detections"] for entry in entries if entry["overlay"]]
             found = sum(sum(n) if isinstance(n, list) else n for n in done)
             print(f"{len(done)} of {len(entries)} images, {found} detections: {output}")
-            if lock:
-                with contextlib.suppress(OSError):  # Windows removes no file that is open
-                    os.unlink(lock.name)
     if failed := [entry["file_name"] for entry in entries if "error" in entry]:
         raise DataError(f"{len(failed)} of {len(entries)} images could not be done, the first is {failed[0]}")
 

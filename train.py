@@ -233,6 +233,8 @@ class Trainer:
             distributed.warn(f"{self.iteration} iterations are made, {stop} are asked for: nothing is left to train")
         if 2 * (warmup := schedule.warmup) >= stop:
             distributed.warn(f"the warm-up takes {warmup} of {stop} iterations: lower --warmup, or train longer")
+        if self.model.config.di and not self.model.config.selections[1:]:
+            distributed.warn("with one selection De-Imbalance changes nothing; give --selections two numbers")
         counts = [len(self.train_set.instances[image_id]) for image_id in self.train_set.image_ids]
         hold = lambda limit: f"{sum(n > limit for n in counts)} of {images} images hold more instances than"
         queries, denoising = self.model.config.selections[-1], self.model.config.denoising_queries

@@ -37,10 +37,10 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 def test_log_is_cut_where_training_goes_on(tmp_path):
-    """Entries behind the checkpoint and a torn last line go."""
+    """Entries behind the checkpoint, a damaged line and a torn last one go."""
     path = tmp_path / "log.jsonl"
     assert read_log(path, 5) == []
-    path.write_text('{"iteration": 2}\n{"iteration": 4, "box": 1}\n{"iteration": 6}\n{"itera')
+    path.write_bytes(b'{"iteration": 2}\n{"iter\xff\n{"iteration": 4, "box": 1}\n{"iteration": 6}\n{"itera')
     entries = [{"iteration": 2}, {"iteration": 4, "box": 1}]
     assert read_log(path, 5) == entries == log(tmp_path)
 

@@ -619,6 +619,14 @@ def test_what_is_said(run, tmp_path, capsys, monkeypatch):
     assert not list(output.glob("*.png")) and not (output / "best.pt").exists() and not (output / "eval.json").exists()
 
 
+@pytest.mark.parametrize("flags, warned", [(["--selections", "6"], 1), (["--no-di"], 0)])
+def test_de_imbalance_with_one_selection(shapes, tmp_path, capsys, flags, warned):
+    """As `--preset maskdino_r50 --di` has it."""
+    args = parse_arguments(["--data-root", str(shapes), "--output", str(tmp_path / "out"), *SMALL, *flags])
+    train.Trainer(args, CPU, 0, 1).describe()
+    assert capsys.readouterr().err.count("warning: with one selection De-Imbalance changes nothing") == warned
+
+
 def changed_copy(shapes, target, change):
     """The paths of annotation files that went through change(content, split), and the flags that name all files."""
     flags = []
