@@ -40,6 +40,7 @@ try:
     import detections as _detections
     import formats.images as _images
     import model as _model
+    import precision as _precision
 finally:
     sys.path.remove(str(_HERE))
     _ours = _take_out()
@@ -116,13 +117,12 @@ class predictor:  # by torch.hub's convention a name of its own, like the models
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.classes = model.to(device), list(map(str, content["classes"]))
+        on_gpu = torch.device(device).type == "cuda"  # where the programs switch TF32 off, too
+        self.exactly = _precision.without_tf32 if on_gpu else contextlib.nullcontext
 
     def __call__(self, image):
         image, (_, threshold, most) = _pixels(image), self.settings
-        with contextlib.ExitStack() as afterwards:
-            for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # without TF32, as in the programs
-                afterwards.callback(setattr, part, "fp32_precision", part.fp32_precision)
-                part.fp32_precision = "ieee"
+        with self.exactly():
             [[found]] = _detections.detect(self.model, [image], topk=most, score_threshold=threshold)
         return found
 

@@ -1,5 +1,7 @@
-"""What is computed in float32 under autocast, and what the backward pass computes once more instead of storing it."""
+"""What is computed in all of float32, and what the backward pass computes once more instead of storing it."""
 
+import contextlib
+import threading
 from functools import partial, wraps
 
 import torch
@@ -34,6 +36,20 @@ def published(method):
         return in_full_precision(partial(method, self), *args) if self.float32 else method(self, *args)
 
     return chosen
+
+
+_tf32 = threading.Lock()
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Inside, a GPU computes in all bits of float32. The switches are the process's: one thread at a time is inside."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    with _tf32, contextlib.ExitStack() as afterwards:
+        for part in switches:
+            afterwards.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "ieee"
+        yield
 
 
 def recompute(module, *args):

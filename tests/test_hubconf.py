@@ -4,7 +4,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from checkpoint import load_model
 from config import PRESETS
 from detections import detect
 from formats.images import read_image
+from precision import without_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,6 +140,26 @@ def test_a_model_of_a_checkpoint(tiny_checkpoint):
     for classes in ("cat", {"cat": 0}, ["cat", 1]):
         with pytest.raises(ValueError, match="classes .*cat.*: expected a list of names"):
             load("tiny", classes=classes)
+
+
+def test_one_thread_at_a_time_is_without_tf32(request):
+    """The predictor on a GPU; a second thread would put back what the first has set."""
+    switches, seen = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), []
+    for part in switches:
+        request.addfinalizer(partial(setattr, part, "fp32_precision", part.fp32_precision))
+        part.fp32_precision = "tf32"
+
+    def compute():
+        with without_tf32():
+            seen.append([part.fp32_precision for part in switches])
+
+    thread = threading.Thread(target=compute)
+    with without_tf32():
+        thread.start()
+        thread.join(0.2)
+        assert not seen and [part.fp32_precision for part in switches] == ["ieee", "ieee"]
+    thread.join()
+    assert seen == [["ieee", "ieee"]] and [part.fp32_precision for part in switches] == ["tf32", "tf32"]
 
 
 PROGRAM = """
