@@ -29,8 +29,8 @@ def short(value):
 
 
 # What PIL's decoders raise on damaged files.
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error,
-                  Image.DecompressionBombError)  # fmt: skip
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError, struct.error,
+                  zlib.error, Image.DecompressionBombError)  # fmt: skip
 MAX_PIXELS = 500_000_000  # aerial and microscope images; PIL warns above and refuses twice as much
 
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF

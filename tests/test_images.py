@@ -157,3 +157,14 @@ def test_damaged_image_files_are_named(tmp_path, suffix, how):
     with pytest.raises(DataError, match=rf"photo\.{suffix}") as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
+
+
+def test_errors_of_other_classes_are_of_damaged_files_too(tmp_path):
+    photo, texture = tmp_path / "photo.avif", tmp_path / "texture.dds"
+    Image.new("RGB", (64, 64)).save(photo)
+    head, mark, pixels = photo.read_bytes().partition(b"mdat")
+    photo.write_bytes(head + mark + bytes(len(pixels)))  # as an unfinished download may leave it: RuntimeError
+    texture.write_bytes(b"DDS " + (124).to_bytes(4, "little") + bytes(200))  # NotImplementedError
+    for path in (photo, texture):
+        with pytest.raises(DataError, match=rf"{path.name}: cannot be read as an image"):
+            read_image(path)
