@@ -124,7 +124,7 @@ def _load(annotation_file, need_annotations):
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise DataError(f"is not JSON ({error}); give a COCO annotation file") from None
+        raise DataError(f"is not JSON ({error}); give a COCO annotation file, in UTF-8") from None
     listed = dataset.get("annotations") if isinstance(dataset, dict) else dataset
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     kind = next((kind for field, kind in OTHER_KINDS.items() if entries and field in entries[0]), None)

@@ -284,6 +284,9 @@ def test_encodings_of_json(tmp_path):
     for encoding in ("utf-8-sig", "utf-16", "utf-8"):
         path.write_bytes(text.encode(encoding))
         assert len(read((path, images))["annotations"]) == 1
+    path.write_bytes(text.replace("dog", "hund\xfc").encode("cp1252"))
+    with pytest.raises(DataError, match=r"instances\.json: is not JSON \(.*byte 0xfc .*; give .*, in UTF-8$"):
+        read_annotations(path, images)
 
 
 def test_a_file_without_annotations_on_request(tmp_path):
