@@ -182,7 +182,7 @@ def _normalise(dataset, image_dir, need_annotations):
         raise DataError(f"no box goes beyond 1, the first is {kept[0]['bbox']}, expected pixels")
     if kept and all(annotation["iscrowd"] for annotation in kept):
         notes.append("all annotations are crowds (iscrowd or ignore), which do not count: there will be no AP")
-    dataset["annotations"] = kept
+    dataset["annotations"] = kept = _without_copies(kept, notes)
     _unique_names(dataset, notes)
     for number, annotation in enumerate(kept, start=1):
         annotation["id"] = number  # the file's mean nothing, and pycocotools takes 0 for "unmatched"
@@ -244,6 +244,21 @@ def _unique_ids(dataset, table, fields, notes):
         entry["file_id"], entry["id"] = entry["id"], _integer(key) if keep else number
     ids = {key: entry["id"] for key, entry in entries.items()}
     return ids, {_integer(key): number for key, number in ids.items() if meanings[_integer(key)] == 1}
+
+
+def _without_copies(annotations, notes):
+    """The annotations without those that repeat another in everything, id too, as where files that overlap were joined.
+
+    Those without an id, or of another one, stay: they may be two instances that were outlined alike.
+    """
+    first, kept = {}, []  # of each id; of all
+    for annotation in annotations:
+        key = _key(annotation.get("id"))
+        if key is None or first.setdefault(key, annotation) is annotation or first[key] != annotation:
+            kept.append(annotation)
+    if copies := len(annotations) - len(kept):
+        notes.append(f"{copies} annotation(s) come twice, equal in everything, and are taken once")
+    return kept
 
 
 def _unique_names(dataset, notes):

@@ -103,7 +103,7 @@ def test_a_figure_of_eight_is_no_line(tmp_path):
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [None] * 3, ["a", "b", "c"], [5, 5, 5], [3, "x", None], [2.5, [], True]])
 def test_annotations_are_numbered_from_1_whatever_their_ids(tmp_path, ids):
-    content = dataset([annotation(number) for number in ids])
+    content = dataset([annotation(number, area=area) for area, number in enumerate(ids, start=1)])
     content["annotations"] = [{k: v for k, v in a.items() if v is not None} for a in content["annotations"]]
     assert [a["id"] for a in read(write(tmp_path, content))["annotations"]] == [1, 2, 3]
 
@@ -358,6 +358,17 @@ def test_equal_entries_are_taken_once(tmp_path):
     content["categories"].append({"id": 90, "name": "dog", "supercategory": "animal"})
     arguments[0].write_text(json.dumps(content))
     assert [c["id"] for c in read(arguments, "1 of the categories come twice")["categories"]] == [90, 7]
+
+
+def test_an_annotation_that_comes_twice_is_taken_once(tmp_path):
+    crowd = annotation(2, compressed_rle(square_mask()), iscrowd=1)
+    content = dataset([annotation(1), crowd, annotation(1.0), annotation(1), annotation(1, image_id=2), crowd])
+    found = read(write(tmp_path, content), "3 annotation(s) come twice, equal in everything, and are taken once")
+    assert [(a["id"], a["image_id"], a["iscrowd"]) for a in found["annotations"]] == [(1, 1, 0), (2, 1, 1), (3, 2, 0)]
+
+
+def test_equal_annotations_of_two_ids_are_two_instances(tmp_path):
+    assert len(read(write(tmp_path, dataset([annotation(1), annotation(2)])))["annotations"]) == 2
 
 
 def test_an_unused_category_of_the_same_name_is_left_out(tmp_path):
