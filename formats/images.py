@@ -1,6 +1,7 @@
 """Image files read as upright tensors, and the error that all data modules raise."""
 
 import os
+import re
 import struct
 import threading
 import time
@@ -33,6 +34,7 @@ DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFE
                   zlib.error, Image.DecompressionBombError)  # fmt: skip
 MAX_PIXELS = 500_000_000  # aerial and microscope images; PIL warns above and refuses twice as much
 
+NEARLY_BLACK = "its 16-bit values, maybe those of others too, make it nearly black; scale them"
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 UPRIGHT = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
                           Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -102,6 +104,7 @@ def _warn_once(line, category):
 
 def _turn(path, image, size, load):
     """The PIL image, with `load` decoded and turned as `read_image` says, and its (H, W)."""
+    halved = re.search(r"\b(RGB[AX]?|LA);16", str(getattr(image, "tile", "")))  # PIL keeps the upper 8 of 16 bits
     tiff = getattr(image, "tag_v2", None)
     stored = (tiff[257], tiff[256]) if tiff else image.size[::-1]
     orientation = _orientation(image) if load or size != stored else 1
@@ -113,6 +116,8 @@ def _turn(path, image, size, load):
         raise DataError(f"{path}: {sizes}; correct the file or the annotations")
     if load:
         image.load()
+        if halved and max(high for _, high in image.convert("RGB").getextrema()) < 17:
+            _warn_once(NEARLY_BLACK, UserWarning)
         if (left := _orientation(image)) > 1:  # PIL's decoder of TIFF has turned the image already
             image = image.transpose(UPRIGHT[left])
         if fitting[0] != shown:
@@ -136,7 +141,7 @@ def _rgb(path, image):
         pixels = np.asarray(image, dtype=np.float32)
         low, high = pixels.min(), pixels.max()
         if 0 < high < top / 15 and top > 1:
-            _warn_once("its 16-bit values, maybe those of others too, make it nearly black; scale them", UserWarning)
+            _warn_once(NEARLY_BLACK, UserWarning)
         if not (low >= -1e-5 * top and high <= (1 + 1e-5) * top):  # NaN too; a little beyond is rounding
             raise DataError(f"{path}: the values reach from {low:g} to {high:g}, expected 0...{top}; scale the image")
         image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))

@@ -3,15 +3,18 @@
 import errno
 import multiprocessing
 import os
+import struct
 import threading
 import time
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import formats.images
 from formats.images import DataError, image_size, read_image, with_image
 
 
@@ -64,6 +67,19 @@ def test_images_of_16_bits_that_hold_fewer_are_noticed_once(tmp_path):
     with pytest.warns(UserWarning, match=r"a\.png: its 16-bit values, .* nearly black") as caught:
         assert [read_image(tmp_path / name).max() for name in ("a.png", "b.png")] == [16, 16]
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("top, noticed", [(200, True), (4095, True), (65535, False)])
+def test_colours_of_16_bits_that_hold_fewer_are_noticed(tmp_path, top, noticed):
+    rows = np.insert(np.full((4, 5 * 3), top, ">u2").view(np.uint8), 0, 0, axis=1)  # a PNG that PIL cannot write
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    formats.images._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_image(tmp_path / "deep.png").unique().tolist() == [top >> 8]
+    assert ["nearly black; scale them" in str(warning.message) for warning in caught] == [True] * noticed
 
 
 def test_floats_that_rounding_takes_beyond_1(tmp_path):
