@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import formats.images
 from formats.images import DataError, image_size, read_image, with_image
@@ -177,10 +177,11 @@ def test_damaged_image_files_are_named(tmp_path, suffix, how):
 
 def test_errors_of_other_classes_are_of_damaged_files_too(tmp_path):
     photo, texture = tmp_path / "photo.avif", tmp_path / "texture.dds"
-    Image.new("RGB", (64, 64)).save(photo)
-    head, mark, pixels = photo.read_bytes().partition(b"mdat")
-    photo.write_bytes(head + mark + bytes(len(pixels)))  # as an unfinished download may leave it: RuntimeError
     texture.write_bytes(b"DDS " + (124).to_bytes(4, "little") + bytes(200))  # NotImplementedError
-    for path in (photo, texture):
+    if has_avif := features.check("avif"):  # not in every build of Pillow
+        Image.new("RGB", (64, 64)).save(photo)
+        head, mark, pixels = photo.read_bytes().partition(b"mdat")
+        photo.write_bytes(head + mark + bytes(len(pixels)))  # as an unfinished download may leave it: RuntimeError
+    for path in (texture, photo) if has_avif else (texture,):
         with pytest.raises(DataError, match=rf"{path.name}: cannot be read as an image"):
             read_image(path)
